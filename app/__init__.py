@@ -1,0 +1,9 @@
+"""fluxd: the HTTP service and the command line around fluxcore.
+
+Layers, top to bottom; each may import those below it and fluxcore, never those above:
+
+    app.main | app.cli                            wiring only
+    app.api                                       HTTP: schemas, routes, errors
+    app.engine                                    jobs, the worker thread, image bytes
+    app.settings | app.errors | app.telemetry
+"""

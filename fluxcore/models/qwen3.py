@@ -1,0 +1,128 @@
+"""The text encoder: Qwen3 up to the last hidden state that the conditioning reads.
+
+Knows nothing of tokens' text. Parameter names are ours; fluxcore.weights maps
+the published names to them and fuses q, k and v, and gate and up, into one
+matrix each.
+
+Source: transformers models/qwen3/modeling_qwen3.py; diffusers
+Flux2KleinPipeline._get_qwen3_prompt_embeds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
+from fluxcore.kernels import Kernels
+from fluxcore.models.rope import Rope, half_rope, rotate_halves
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32.
+
+    Differs from transformers: the weight is applied before rounding to the output's
+    dtype, not after, because that is one fused kernel on every device and one
+    rounding fewer.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention with normed q and k.
+
+    Shapes: x [B, L, D] -> [B, L, D].
+    """
+
+    def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
+        self.head_width = config.head_width
+        self.attention = kernels.attention
+        all_heads = config.heads + 2 * config.kv_heads
+        self.qkv = nn.Linear(config.width, all_heads * config.head_width, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_width, config.norm_eps)
+        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))  # [B, L, heads + 2 kv, K]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q = rotate_halves(self.q_norm(q).transpose(1, 2), rope)  # [B, heads, L, K]
+        k = rotate_halves(self.k_norm(k).transpose(1, 2), rope)  # [B, kv, L, K]
+        out = self.attention(q, k, v.transpose(1, 2), mask)  # [B, heads, L, K]
+        return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Qwen3Layer(nn.Module):
+    """One pre-norm layer: attention, then SwiGLU.
+
+    Shapes: x [B, L, D] -> [B, L, D], in the dtype of the residual stream.
+    """
+
+    def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Qwen3Attention(config, kernels)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        dtype = self.down.weight.dtype
+        x = x + self.attention(self.attention_norm(x).to(dtype), rope, mask)
+        gate, up = self.gate_up(self.mlp_norm(x).to(dtype)).chunk(2, dim=-1)  # [B, L, mlp]
+        return x + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Qwen3Encoder(nn.Module):
+    """Token ids to conditioning.
+
+    Shapes: ids [B, L] int64, token_count [B] int64 -> [B, L, 3 D] in the weights' dtype.
+    """
+
+    def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(
+            Qwen3Layer(config, kernels) for _ in range(config.used_layers)
+        )
+
+    def forward(self, ids: Tensor, token_count: Tensor) -> Tensor:
+        length = ids.shape[1]
+        rope = half_rope(length, self.config.head_width, self.config.rope_theta, ids.device)
+        x = self.embedding(ids)  # [B, L, D]
+        rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
+        mask = causal_mask(length, token_count)  # [B, 1, L, L]
+        dtype, states = x.dtype, []
+        x = self.kernels.residual(x)
+        for number, layer in enumerate(self.layers, start=1):
+            x = layer(x, rope, mask)
+            if number in CONDITIONING_LAYERS:
+                states.append(x.to(dtype))
+        return torch.cat(states, dim=-1)  # [B, L, 3 D]
+
+
+def causal_mask(length: int, token_count: Tensor) -> Tensor:
+    """True where a query may see a key: not later, and not padding.
+
+    Padded queries still see the real tokens before them, because the transformer
+    attends to their outputs.
+
+    Shapes: token_count [B] -> [B, 1, L, L] bool.
+    """
+    position = torch.arange(length, device=token_count.device)
+    causal = position[:, None] >= position[None, :]  # [L, L]
+    real = position[None, :] < token_count[:, None]  # [B, L]
+    return (causal[None] & real[:, None, :])[:, None]  # [B, 1, L, L]

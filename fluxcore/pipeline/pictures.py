@@ -1,0 +1,116 @@
+"""Pictures in and out: references and masks to tensors, decoded pixels to PIL.
+
+Source: diffusers Flux2ImageProcessor, Flux2KleinPipeline.__call__ (references) and
+Flux2KleinInpaintPipeline.__call__ (picture and mask).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fluxcore.errors import DeviceFaultError
+from fluxcore.params import SIZE_MULTIPLE
+
+LARGEST_REFERENCE_AREA = 1024 * 1024
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """RGB without transparency.
+
+    Differs from diffusers, which drops alpha and shows whatever colour lay under it:
+    transparent parts become white, as viewers show them on a page.
+    """
+    if picture.mode == "RGB":
+        return picture
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return picture.convert("RGB")
+
+
+def fit_reference(picture: Image.Image) -> Image.Image:
+    """At most 1024 x 1024 pixels in area, cropped at the centre to multiples of 16."""
+    picture = _limit_area(opaque(picture))
+    width, height = _whole_tokens(picture)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def fit_inpainted(picture: Image.Image) -> Image.Image:
+    """The picture to paint in: area as for references, then stretched to multiples of 16."""
+    picture = _limit_area(opaque(picture))
+    return picture.resize(_whole_tokens(picture), Image.Resampling.LANCZOS)
+
+
+def fitted_size(picture: Image.Image) -> tuple[int, int]:
+    """(width, height) that both fits give, in pixels, without touching the pixels."""
+    width, height = _area_limited(picture.size)
+    return width // SIZE_MULTIPLE * SIZE_MULTIPLE, height // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Shapes: RGB picture -> [1, 3, height, width] float32 in [-1, 1], on the host."""
+    values = np.asarray(picture, dtype=np.float32) / 255.0
+    return torch.from_numpy(values).permute(2, 0, 1)[None] * 2.0 - 1.0
+
+
+def to_token_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The share of each token that is drawn again.
+
+    Shapes: mask of any size -> [1, h w, 1] float32, 0 keeps and 1 draws, on the host.
+    """
+    grey = mask.resize(size, Image.Resampling.LANCZOS).convert("L")
+    values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255.0)
+    binary = (values >= 0.5).float()[None, None]  # [1, 1, height, width]
+    grid = (size[1] // SIZE_MULTIPLE, size[0] // SIZE_MULTIPLE)
+    tokens = F.interpolate(binary, size=grid, mode="bilinear")  # [1, 1, h, w]
+    return tokens.flatten(2).transpose(1, 2)  # [1, h w, 1]
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Decoded pixels to an 8-bit picture on the host.
+
+    Shapes: [1, 3, height, width] in [-1, 1], any device.
+
+    Raises:
+        DeviceFaultError: some value is not finite, or all are the same, which is
+            what a GPU fault leaves behind and a model does not draw.
+    """
+    sound = torch.stack((torch.isfinite(pixels).all(), pixels.amax() != pixels.amin()))
+    shown = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+    bytes_ = (shown * 255).round().to(torch.uint8)[0].permute(1, 2, 0).contiguous()  # [H, W, 3]
+    finite, varied = sound.tolist()
+    if not finite or not varied:
+        fault = "values that are not finite" if not finite else "one constant colour"
+        raise DeviceFaultError(
+            f"the device returned a picture of {fault}; try again, and if it stays so, restart "
+            "the program and try dtype float32"
+        )
+    return Image.fromarray(bytes_.cpu().numpy())
+
+
+def _area_limited(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    if width * height <= LARGEST_REFERENCE_AREA:
+        return size
+    scale = math.sqrt(LARGEST_REFERENCE_AREA / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def _limit_area(picture: Image.Image) -> Image.Image:
+    size = _area_limited(picture.size)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _whole_tokens(picture: Image.Image) -> tuple[int, int]:
+    return (
+        picture.width // SIZE_MULTIPLE * SIZE_MULTIPLE,
+        picture.height // SIZE_MULTIPLE * SIZE_MULTIPLE,
+    )

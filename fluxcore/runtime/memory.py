@@ -1,0 +1,54 @@
+"""Memory figures, and telling "out of memory" apart from other failures."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fluxcore.errors import OutOfMemoryError
+
+# CUDA raises its own class; MPS and the CPU allocator raise a plain RuntimeError.
+OUT_OF_MEMORY = re.compile(
+    r"MPS backend out of memory|Invalid buffer size|INT_MAX|command buffer execution failed"
+    r"|DefaultCPUAllocator: (can't|not enough)|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a tensor did not fit."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn a framework's out-of-memory error into ``OutOfMemoryError``.
+
+    The cause is cut off on purpose: its traceback holds the frames, and so the
+    tensors, that filled the memory.
+    """
+    failure = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if failure is not None:
+        raise OutOfMemoryError(
+            "the device has too little free memory for this job; ask for a smaller size, "
+            f"fewer references or fewer steps in parallel ({failure})"
+        )
+
+
+def host_peak_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

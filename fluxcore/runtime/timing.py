@@ -1,0 +1,33 @@
+"""Stage times that wait for the device, so that a stage owns what it started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StageTimes:
+    """Adds up milliseconds per stage.
+
+    Args:
+        synchronize: waits until the device has finished what was queued.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self._started = time.perf_counter()
+        self.milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure one span of work, which may be one of several of its stage."""
+        started = time.perf_counter()
+        yield
+        self._synchronize()
+        spent = (time.perf_counter() - started) * 1000
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+
+    def total(self) -> float:
+        """Milliseconds of all stages together; gaps between them are not the device's."""
+        return sum(self.milliseconds.values())

@@ -1,0 +1,17 @@
+"""From a checkpoint directory to placed, fused, ready networks.
+
+Owns finding the files, checking them against the architecture, renaming,
+fusing and placing. Nothing outside this package knows a published tensor name.
+"""
+
+from fluxcore.weights.load import LoadProgress, LoadReport, load_component, weight_plan
+from fluxcore.weights.plan import Source, WeightPlan
+
+__all__ = [
+    "LoadProgress",
+    "LoadReport",
+    "Source",
+    "WeightPlan",
+    "load_component",
+    "weight_plan",
+]

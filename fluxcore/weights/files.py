@@ -1,0 +1,146 @@
+"""The safetensors files of one component: which tensor lies where, and its bytes.
+
+Bytes are read straight into the tensor that will hold them. The library's own
+reader maps the whole file, and mapped pages count against the process on top of
+the weights; reading in place keeps the peak at the weights' own size.
+
+Source of the format: huggingface/safetensors README ("Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fluxcore.errors import CheckpointFileError, CheckpointNotFoundError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+HEADER_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies on disk."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill ``target`` (contiguous, on the host, of this shape and dtype) from disk.
+
+        Raises:
+            CheckpointFileError: the file ends early or cannot be read.
+        """
+        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.offset)
+                while view:
+                    count = stream.readinto(view)
+                    if not count:
+                        raise CheckpointFileError(
+                            f"{self.file} ends early, {len(view)} bytes short; download it again"
+                        )
+                    view = view[count:]
+        except OSError as error:
+            raise CheckpointFileError(f"{self.file} cannot be read: {error}") from error
+
+
+def stored_tensors(directory: Path, stem: str) -> dict[str, StoredTensor]:
+    """All tensors of a component, by published name; no weights are read.
+
+    Takes ``{stem}.safetensors.index.json`` with its shards, or the single file
+    ``{stem}.safetensors``.
+
+    Raises:
+        CheckpointNotFoundError: neither is there, or a shard is missing.
+        CheckpointFileError: an index or a file is corrupt or truncated.
+    """
+    index = directory / f"{stem}.safetensors.index.json"
+    single = directory / f"{stem}.safetensors"
+    if index.is_file():
+        return _sharded(index)
+    if single.is_file():
+        return _read_header(single)
+    pickles = sorted(p.name for p in directory.glob("*.bin"))
+    hint = f" ({', '.join(pickles)} is pickle, which is never loaded)" if pickles else ""
+    raise CheckpointNotFoundError(
+        f"no weights in {directory}: expected {single.name} or {index.name}{hint}; "
+        "download the directory again"
+    )
+
+
+def _sharded(index: Path) -> dict[str, StoredTensor]:
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): Path(str(shard)) for name, shard in shard_of.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointFileError(
+            f"{index} is not a valid index of safetensors shards ({error}); download it again"
+        ) from error
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(names.values())):
+        if shard.name != str(shard):
+            raise CheckpointFileError(f"{index} names a file outside its directory: {shard}")
+        path = index.parent / shard
+        if not path.is_file():
+            raise CheckpointNotFoundError(
+                f"{path} is missing, though {index.name} lists it; download it again"
+            )
+        found |= _read_header(path)
+    lost = sorted(set(names) - set(found))
+    if lost:
+        raise CheckpointFileError(
+            f"{index} lists {len(lost)} tensors that no shard holds, {lost[0]} among them; "
+            "download the directory again"
+        )
+    return found
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Offsets from the file's header, once the library has checked the whole of it."""
+    try:
+        with safe_open(path, framework="pt") as checked:
+            names = list(checked.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointFileError(
+            f"{path} is corrupt, truncated or not a safetensors file ({error}); download it again"
+        ) from error
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+        header = json.loads(stream.read(length))
+    start = HEADER_LENGTH_BYTES + length
+    found = {}
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointFileError(
+                f"{path}: {name} is stored as {entry['dtype']}; "
+                f"this program reads {', '.join(DTYPES)}: use the bf16 checkpoint"
+            )
+        found[name] = StoredTensor(
+            file=path,
+            offset=start + entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+            dtype=DTYPES[entry["dtype"]],
+        )
+    return found
