@@ -28,6 +28,11 @@ DIFFUSERS_VERSION = "0.37.0.dev0"
 TRANSFORMERS_VERSION = "4.57.1"
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointConfigError(message)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerShape:
     """Sizes of the FLUX.2 transformer; its input widths follow from the other two models."""
@@ -340,8 +345,3 @@ def vae_config(architecture: Architecture) -> dict[str, Any]:
     if shape.decoder_block_out_channels is not None:
         config["decoder_block_out_channels"] = list(shape.decoder_block_out_channels)
     return config
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckpointConfigError(message)

@@ -1,0 +1,86 @@
+"""Loading all components of a checkpoint onto one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxcore.config import CheckpointConfig, read_checkpoint_config
+from fluxcore.errors import CheckpointConfigError
+from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
+from fluxcore.pipeline.result import ModelInfo
+from fluxcore.runtime import Runtime
+from fluxcore.text import PromptTokenizer
+from fluxcore.weights import LoadProgress, load_component, weight_plan
+from fluxcore.weights.load import Placement
+
+DISTILLED_STEPS = 4
+BASE_STEPS = 50
+BASE_GUIDANCE = 4.0
+RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The parts of a loaded checkpoint."""
+
+    info: ModelInfo
+    config: CheckpointConfig
+    tokenizer: PromptTokenizer
+    text_encoder: Qwen3Encoder
+    transformer: Flux2Transformer
+    vae: AutoEncoder
+
+
+def load_components(
+    path: Path, runtime: Runtime, progress: Callable[[LoadProgress], None] | None
+) -> Components:
+    """Read the configs, then every component, cheapest to fail first.
+
+    Raises:
+        CheckpointError: naming the file or directory at fault.
+    """
+    config = read_checkpoint_config(path)
+    tokenizer = PromptTokenizer(path / "tokenizer")
+    if tokenizer.largest_id >= config.text_encoder.vocabulary:
+        raise CheckpointConfigError(
+            f"{path / 'tokenizer'} has token ids up to {tokenizer.largest_id}, the text encoder "
+            f"knows {config.text_encoder.vocabulary}; the two are of different models"
+        )
+    kernels, dtypes = runtime.kernels(), runtime.dtypes
+    residual = dtypes.residual or dtypes.weights
+    vae, vae_report = load_component(
+        lambda: AutoEncoder(config.vae, kernels),
+        weight_plan(config.vae),
+        path / "vae",
+        Placement(runtime.device, dtypes.vae, channels_last=runtime.channels_last),
+        progress,
+    )
+    encoder, encoder_report = load_component(
+        lambda: Qwen3Encoder(config.text_encoder, kernels),
+        weight_plan(config.text_encoder),
+        path / "text_encoder",
+        Placement(runtime.device, dtypes.weights, wide=RESIDUAL_NORMS, wide_dtype=residual),
+        progress,
+    )
+    transformer, transformer_report = load_component(
+        lambda: Flux2Transformer(config.transformer, kernels),
+        weight_plan(config.transformer),
+        path / "transformer",
+        Placement(runtime.device, dtypes.weights),
+        progress,
+    )
+    reports = (vae_report, encoder_report, transformer_report)
+    distilled = config.is_distilled
+    info = ModelInfo(
+        name=path.resolve().name,
+        path=path.resolve(),
+        is_distilled=distilled,
+        default_steps=DISTILLED_STEPS if distilled else BASE_STEPS,
+        default_guidance=None if distilled else BASE_GUIDANCE,
+        parameters={report.component: report.parameters for report in reports},
+        weight_bytes=sum(report.placed_bytes for report in reports),
+        load=reports,
+    )
+    return Components(info, config, tokenizer, encoder, transformer, vae)

@@ -1,0 +1,357 @@
+"""FluxPipeline: a loaded model and its stages.
+
+The stages are public and can be called one by one; ``run`` strings them together
+and hands control back after every slice, ``generate`` runs them through. All but
+``prepare`` must be called from one thread, the one that owns the device.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fluxcore.config import CheckpointConfig
+from fluxcore.errors import DeviceFaultError
+from fluxcore.params import GenerationParams
+from fluxcore.pipeline.conditioning import Conditioning, ConditioningCache
+from fluxcore.pipeline.denoise import DenoiseInputs, DenoiseStep, Inpainting, denoise
+from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack, unpack
+from fluxcore.pipeline.load import Components, load_components
+from fluxcore.pipeline.pictures import (
+    fit_inpainted,
+    fit_reference,
+    to_picture,
+    to_pixels,
+    to_token_mask,
+)
+from fluxcore.pipeline.resolve import resolve
+from fluxcore.pipeline.result import (
+    GenerationResult,
+    ModelInfo,
+    PreparedJob,
+    Progress,
+)
+from fluxcore.runtime import Runtime, StageTimes, choose_runtime, translated_errors
+from fluxcore.weights import LoadProgress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CONDITIONING_CACHE_BYTES = 256 * 2**20
+ATTEMPTS = 2
+"""Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedReferences:
+    """References as the transformer takes them.
+
+    Shapes: tokens [1, L_ref, C], all references one after the other.
+    """
+
+    tokens: Tensor | None
+    grids: tuple[Grid, ...]
+    first: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedJob:
+    """All that the pictures of one job share.
+
+    Attributes:
+        negative: None where guidance is off.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    references: EncodedReferences
+
+
+NO_REFERENCES = EncodedReferences(None, (), None)
+
+
+class FluxPipeline:
+    """A FLUX.2 [klein] model, resident on one device.
+
+    Attributes:
+        info: what was loaded.
+        runtime: device, dtypes and their rules.
+        config: the architecture.
+        conditioning_cache: recent text embeddings, with hit and miss counters.
+    """
+
+    def __init__(
+        self, components: Components, runtime: Runtime, conditioning_cache_bytes: int
+    ) -> None:
+        self.info: ModelInfo = components.info
+        self.config: CheckpointConfig = components.config
+        self.runtime = runtime
+        self.tokenizer = components.tokenizer
+        self.text_encoder = components.text_encoder
+        self.transformer = components.transformer
+        self.vae = components.vae
+        self.conditioning_cache = ConditioningCache(conditioning_cache_bytes)
+        self.rope_tables = RopeTables(
+            self.config.transformer, runtime.device, runtime.dtypes.angles
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[LoadProgress], None] | None = None,
+        conditioning_cache_bytes: int = CONDITIONING_CACHE_BYTES,
+    ) -> FluxPipeline:
+        """Load a checkpoint directory onto a device.
+
+        Args:
+            path: a directory in the layout of black-forest-labs/FLUX.2-klein-4B.
+            device: auto, cpu, cuda, cuda:N or mps.
+            dtype: auto, float32, bfloat16 or float16.
+            progress: called after every tensor.
+            conditioning_cache_bytes: bound of the text-embedding cache.
+
+        Raises:
+            CheckpointError: the directory cannot be used; names the file.
+            DeviceUnavailableError: no such device or dtype here.
+            OutOfMemoryError: the weights do not fit.
+        """
+        runtime = choose_runtime(device, dtype)
+        with translated_errors():
+            components = load_components(Path(path), runtime, progress)
+        return cls(components, runtime, conditioning_cache_bytes)
+
+    def warm_up(
+        self,
+        sizes: Sequence[tuple[int, int]] = ((256, 256),),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Draw one picture of each (width, height), so that first jobs are not slow.
+
+        Args:
+            progress: called with (sizes done, sizes wanted).
+        """
+        for done, (width, height) in enumerate(sizes):
+            if progress is not None:
+                progress(done, len(sizes))
+            self.generate(GenerationParams(prompt="warm up", width=width, height=height, seed=0))
+        if progress is not None:
+            progress(len(sizes), len(sizes))
+
+    def prepare(self, params: GenerationParams) -> PreparedJob:
+        """Check a request against the model and fill in defaults; no device work.
+
+        Raises:
+            InvalidParamsError: naming the field.
+        """
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        return resolve(params, self.info, seed)
+
+    @torch.inference_mode()
+    def encode_prompt(self, text: str) -> Conditioning:
+        """Text to embeddings, from the cache where it has them."""
+        tokens = self.tokenizer.encode(text)
+        key = tokens.ids[: tokens.count]
+        found = self.conditioning_cache.get(key)
+        hit = found is not None
+        if found is None:
+            device = self.runtime.device
+            with translated_errors():
+                found = self.text_encoder(
+                    torch.tensor([tokens.ids], device=device),
+                    torch.tensor([tokens.count], device=device),
+                )
+            self.conditioning_cache.put(key, found)
+        return Conditioning(found, tokens.count, tokens.cut, cache_hit=hit)
+
+    def encode_text(self, job: PreparedJob) -> tuple[Conditioning, Conditioning | None]:
+        """The job's prompt and, where guidance is on, what to steer away from."""
+        params = job.params
+        positive = self.encode_prompt(params.prompt)
+        if params.guidance is None:
+            return positive, None
+        return positive, self.encode_prompt(params.negative_prompt or "")
+
+    @torch.inference_mode()
+    def encode_references(self, job: PreparedJob) -> EncodedReferences:
+        """References to latents; with a mask, the first is the picture to paint in."""
+        packed, grids = [], []
+        for i, reference in enumerate(job.request.references):
+            painted = i == 0 and job.request.mask is not None
+            fitted = fit_inpainted(reference) if painted else fit_reference(reference)
+            with translated_errors():
+                latents = self.vae.encode(self._to_vae(to_pixels(fitted)))  # [1, C, h, w]
+            grids.append((latents.shape[2], latents.shape[3]))
+            packed.append(pack(latents).to(self.runtime.dtypes.weights))
+        if not packed:
+            return NO_REFERENCES
+        return EncodedReferences(torch.cat(packed, dim=1), tuple(grids), packed[0])
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        job: PreparedJob,
+        image_index: int = 0,
+        encoded: EncodedJob | None = None,
+    ) -> Iterator[DenoiseStep]:
+        """Noise to latents of one picture, yielding after every step.
+
+        Args:
+            encoded: prompt and references; encoded here when not given.
+        """
+        if encoded is None:
+            encoded = EncodedJob(*self.encode_text(job), self.encode_references(job))
+        inputs = self._denoise_inputs(job, image_index, encoded)
+        params = job.params
+        with translated_errors():
+            yield from denoise(self.transformer, inputs, params.sigmas, params.start_step)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, width: int, height: int) -> Image.Image:
+        """Latents to a picture on the host.
+
+        Shapes: latents [1, h w, C], h = height / 16, w = width / 16.
+
+        Raises:
+            DeviceFaultError: the device returned something that is no picture.
+        """
+        with translated_errors():
+            unpacked = unpack(latents, _grid(width, height))
+            return to_picture(self.vae.decode(self._to_vae(unpacked)))
+
+    def run(self, params: GenerationParams) -> Generator[Progress, None, GenerationResult]:
+        """The whole job in slices: yields after each, returns the result.
+
+        Closing the generator abandons the job. A picture that comes out broken is
+        drawn once more before ``DeviceFaultError`` is raised.
+        """
+        job = self.prepare(params)
+        resolved = job.params
+        steps = resolved.steps
+        times = StageTimes(self.runtime.synchronize)
+        self.runtime.reset_peak()
+
+        with times.stage("text"):
+            conditioning, negative = self.encode_text(job)
+        if conditioning.truncated_tokens:
+            job.warnings.append(
+                f"the prompt is too long: its last {conditioning.truncated_tokens} tokens "
+                "were not used"
+            )
+        yield Progress("text", 0, 0, steps)
+
+        references = NO_REFERENCES
+        if params.references:
+            with times.stage("references"):
+                references = self.encode_references(job)
+            yield Progress("references", 0, 0, steps)
+
+        encoded = EncodedJob(conditioning, negative, references)
+        images: list[Image.Image] = []
+        for index in range(len(resolved.seeds)):
+            images.append((yield from self._draw(job, index, encoded, times)))
+        return GenerationResult(
+            images=images,
+            seeds=list(resolved.seeds),
+            timings={**times.milliseconds, "total": times.total()},
+            warnings=job.warnings,
+            params=resolved,
+            cache_hit=conditioning.cache_hit,
+            prompt_tokens=conditioning.token_count,
+            peak_bytes=self.runtime.peak_bytes(),
+        )
+
+    def generate(
+        self,
+        params: GenerationParams,
+        on_step: Callable[[DenoiseStep, int], None] | None = None,
+    ) -> GenerationResult:
+        """Draw the pictures that ``params`` asks for.
+
+        Args:
+            on_step: called with every step and the index of its picture.
+
+        Raises:
+            InvalidParamsError: the request does not fit the model.
+            OutOfMemoryError: it does not fit into memory.
+            DeviceFaultError: the device failed twice.
+        """
+        work = self.run(params)
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as stop:
+                result: GenerationResult = stop.value
+                return result
+            if on_step is not None and progress.denoise_step is not None:
+                on_step(progress.denoise_step, progress.image_index)
+
+    def _draw(
+        self, job: PreparedJob, index: int, encoded: EncodedJob, times: StageTimes
+    ) -> Generator[Progress, None, Image.Image]:
+        """One picture; tried again once when the device returns none."""
+        params = job.params
+        for attempt in range(1, ATTEMPTS + 1):
+            latents = None
+            steps = self.denoise(job, index, encoded)
+            while True:
+                with times.stage("denoise"):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                latents = step.latents
+                yield Progress("denoise", index, step.index, params.steps, step)
+            assert latents is not None, "a schedule has at least one step"
+            try:
+                with times.stage("decode"):
+                    picture = self.decode(latents, params.width, params.height)
+            except DeviceFaultError:
+                if attempt == ATTEMPTS:
+                    raise
+                continue
+            yield Progress("decode", index, params.steps, params.steps)
+            return picture
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _denoise_inputs(
+        self, job: PreparedJob, image_index: int, encoded: EncodedJob
+    ) -> DenoiseInputs:
+        params, references = job.params, encoded.references
+        device, dtype = self.runtime.device, self.runtime.dtypes.weights
+        grid = _grid(params.width, params.height)
+        channels = self.config.transformer.in_channels
+        noise = draw_noise(params.seeds[image_index], channels, grid).to(dtype).to(device)
+        inpainting = None
+        if job.request.mask is not None:
+            assert references.first is not None, "a mask comes with a picture"
+            mask = to_token_mask(job.request.mask, (params.width, params.height))
+            inpainting = Inpainting(references.first, noise, mask.to(dtype).to(device))
+        return DenoiseInputs(
+            noise=noise,
+            references=references.tokens,
+            positive=encoded.positive.embeddings,
+            negative=None if encoded.negative is None else encoded.negative.embeddings,
+            guidance=params.guidance or 1.0,
+            pe=self.rope_tables.get(grid, references.grids),
+            inpainting=inpainting,
+        )
+
+    def _to_vae(self, x: Tensor) -> Tensor:
+        """Onto the device, in the VAE's dtype and memory layout. Shapes: [B, C, h, w]."""
+        x = x.to(self.runtime.dtypes.vae).to(self.runtime.device)
+        layout = (
+            torch.channels_last if self.runtime.channels_last else torch.contiguous_format
+        )
+        return x.contiguous(memory_format=layout)
+
+
+def _grid(width: int, height: int) -> Grid:
+    return height // 16, width // 16

@@ -1,0 +1,87 @@
+"""Filling in what a request leaves open, and saying what will have no effect."""
+
+from __future__ import annotations
+
+from fluxcore.errors import InvalidParamsError
+from fluxcore.params import DEFAULT_SIDE_PX, SIZE_MULTIPLE, GenerationParams, check_side
+from fluxcore.pipeline.pictures import fitted_size
+from fluxcore.pipeline.result import ModelInfo, PreparedJob, ResolvedParams
+from fluxcore.pipeline.schedule import sigmas
+
+LARGEST_USEFUL_AREA = 1792 * 1792
+
+
+def resolve(request: GenerationParams, info: ModelInfo, seed: int) -> PreparedJob:
+    """A request in the light of the model.
+
+    Args:
+        seed: of the first picture; picture i gets seed + i.
+
+    Raises:
+        InvalidParamsError: naming the field.
+    """
+    warnings: list[str] = []
+    width, height = _size(request)
+    steps = request.steps or info.default_steps
+    guidance = _guidance(request, info, warnings)
+    if width * height > LARGEST_USEFUL_AREA:
+        warnings.append(
+            f"{width}x{height} is above 1792x1792, the largest size that the model draws well"
+        )
+    tokens = (width // SIZE_MULTIPLE) * (height // SIZE_MULTIPLE)
+    params = ResolvedParams(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=guidance,
+        seeds=tuple(seed + i for i in range(request.n)),
+        schedule=request.schedule,
+        sigmas=tuple(sigmas(request.schedule, steps, tokens, request.power_alpha)),
+        start_step=_start_step(request, steps),
+    )
+    return PreparedJob(request, params, warnings)
+
+
+def _size(request: GenerationParams) -> tuple[int, int]:
+    """(width, height) in pixels: as asked, else of the first reference, else the default."""
+    width, height = DEFAULT_SIDE_PX, DEFAULT_SIDE_PX
+    if request.references:
+        width, height = fitted_size(request.references[0])
+        if request.width is None:
+            check_side("width", width)
+        if request.height is None:
+            check_side("height", height)
+    return request.width or width, request.height or height
+
+
+def _guidance(
+    request: GenerationParams, info: ModelInfo, warnings: list[str]
+) -> float | None:
+    """The scale to guide with, or None for a single pass per step."""
+    if info.is_distilled:
+        for name, given in (
+            ("guidance", request.guidance is not None and request.guidance > 1),
+            ("negative_prompt", bool(request.negative_prompt)),
+        ):
+            if given:
+                warnings.append(f"{name} has no effect on a distilled model")
+        return None
+    guidance = info.default_guidance if request.guidance is None else request.guidance
+    if guidance is None or guidance <= 1:
+        if request.negative_prompt:
+            warnings.append("negative_prompt has no effect while guidance is at most 1")
+        return None
+    return guidance
+
+
+def _start_step(request: GenerationParams, steps: int) -> int:
+    """Steps that inpainting skips. Source: diffusers Flux2KleinInpaintPipeline.get_timesteps."""
+    start = int(max(steps - min(steps * request.strength, steps), 0))
+    if start >= steps:
+        raise InvalidParamsError(
+            "strength",
+            f"strength {request.strength:g} of {steps} steps leaves none to run; raise one of them",
+        )
+    return start
