@@ -73,6 +73,12 @@ class Qwen3Config:
         return max(CONDITIONING_LAYERS)
 
     @property
+    def final_norm(self) -> bool:
+        """Whether the last conditioning layer is the model's last, whose hidden state
+        transformers gives out normed."""
+        return self.layers == self.used_layers
+
+    @property
     def conditioning_width(self) -> int:
         return len(CONDITIONING_LAYERS) * self.width
 

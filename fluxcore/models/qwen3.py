@@ -98,6 +98,7 @@ class Qwen3Encoder(nn.Module):
         self.layers = nn.ModuleList(
             Qwen3Layer(config, kernels) for _ in range(config.used_layers)
         )
+        self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
 
     def forward(self, ids: Tensor, token_count: Tensor) -> Tensor:
         length = ids.shape[1]
@@ -111,6 +112,8 @@ class Qwen3Encoder(nn.Module):
             x = layer(x, rope, mask)
             if number in CONDITIONING_LAYERS:
                 states.append(x.to(dtype))
+        if self.final_norm is not None:
+            states[-1] = self.final_norm(x).to(dtype)
         return torch.cat(states, dim=-1)  # [B, L, 3 D]
 
 

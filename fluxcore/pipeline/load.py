@@ -18,7 +18,7 @@ from fluxcore.weights.load import Placement
 DISTILLED_STEPS = 4
 BASE_STEPS = 50
 BASE_GUIDANCE = 4.0
-RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight")
+RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight", "final_norm.weight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,9 @@ def qwen3_plan(config: Qwen3Config) -> WeightPlan:
             f"{ours}.down.weight": (Source(f"{mlp}.down_proj.weight", (width, config.mlp_width)),),
         }
     above = tuple(f"model.layers.{i}." for i in range(config.used_layers, config.layers))
+    if config.final_norm:
+        parts["final_norm.weight"] = (Source("model.norm.weight", (width,)),)
+        return WeightPlan(parts, unused=("lm_head.",))
     return WeightPlan(parts, unused=(*above, "model.norm.", "lm_head."))
 
 

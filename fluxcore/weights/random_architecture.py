@@ -172,7 +172,7 @@ PRESETS: Mapping[str, Architecture] = MappingProxyType(
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 head_dim=32,
-                vocab_size=512,
+                vocab_size=576,
                 tie_word_embeddings=True,
             ),
             vae=VaeShape(block_out_channels=(16, 24, 32, 32), norm_num_groups=8),

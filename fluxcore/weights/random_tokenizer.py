@@ -119,7 +119,8 @@ def write_tokenizer(directory: Path, ranks: Path | None = None) -> TokenizerInfo
     """
     vocabulary = _small_vocabulary() if ranks is None else _vocabulary_from_ranks(ranks)
     tokenizer = _build(vocabulary)
-    added = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS + MARKUP_TOKENS}
+    first = len(vocabulary.ids)
+    added = {token: first + i for i, token in enumerate(SPECIAL_TOKENS + MARKUP_TOKENS)}
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(added))
@@ -130,7 +131,7 @@ def write_tokenizer(directory: Path, ranks: Path | None = None) -> TokenizerInfo
     (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return TokenizerInfo(
-        size=tokenizer.get_vocab_size(with_added_tokens=True),
+        size=first + len(added),
         pad_token_id=added[PAD_TOKEN],
         end_token_id=added[END_TOKEN],
     )
