@@ -77,7 +77,9 @@ def run_fluxd(args: argparse.Namespace) -> dict[str, Any]:
         )
         kept: dict[str, Any] = {}
 
-        def draw(params: GenerationParams = params, kept: dict[str, Any] = kept) -> dict[str, float]:
+        def draw(
+            params: GenerationParams = params, kept: dict[str, Any] = kept
+        ) -> dict[str, float]:
             pipe.conditioning_cache.clear()
             result = pipe.generate(params, lambda step, _: kept.update(latents=step.latents))
             kept["picture"] = np.asarray(result.images[0])
@@ -120,15 +122,17 @@ def run_diffusers(args: argparse.Namespace) -> dict[str, Any]:
             times: dict[str, float] = {}
             embeddings = timed(lambda: pipe.encode_prompt(PROMPT)[0], times, "text")
             latents = timed(
-                lambda: pipe(
-                    prompt_embeds=embeddings,
-                    height=size,
-                    width=size,
-                    num_inference_steps=args.steps,
-                    guidance_scale=1.0,
-                    generator=torch.Generator("cpu").manual_seed(SEED),
-                    output_type="latent",
-                ).images,
+                lambda: (
+                    pipe(
+                        prompt_embeds=embeddings,
+                        height=size,
+                        width=size,
+                        num_inference_steps=args.steps,
+                        guidance_scale=1.0,
+                        generator=torch.Generator("cpu").manual_seed(SEED),
+                        output_type="latent",
+                    ).images
+                ),
                 times,
                 "denoise",
             )

@@ -95,9 +95,7 @@ class Qwen3Encoder(nn.Module):
         self.config = config
         self.kernels = kernels
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(
-            Qwen3Layer(config, kernels) for _ in range(config.used_layers)
-        )
+        self.layers = nn.ModuleList(Qwen3Layer(config, kernels) for _ in range(config.used_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
 
     def forward(self, ids: Tensor, token_count: Tensor) -> Tensor:

@@ -69,9 +69,7 @@ class MiddleBlock(nn.Module):
         super().__init__()
         groups = config.norm_groups
         self.first = ResidualBlock(channels, channels, groups)
-        self.attention = (
-            AttentionBlock(channels, groups, kernels) if config.mid_attention else None
-        )
+        self.attention = AttentionBlock(channels, groups, kernels) if config.mid_attention else None
         self.second = ResidualBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:

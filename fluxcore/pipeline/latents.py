@@ -37,7 +37,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, grid: Grid) -> Tensor:
     """Undo ``pack``. Shapes: [B, h w, C] -> [B, C, h, w]."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 
 
 def position_ids(grid: Grid, references: Sequence[Grid]) -> Tensor:

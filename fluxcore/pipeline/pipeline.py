@@ -347,9 +347,7 @@ class FluxPipeline:
     def _to_vae(self, x: Tensor) -> Tensor:
         """Onto the device, in the VAE's dtype and memory layout. Shapes: [B, C, h, w]."""
         x = x.to(self.runtime.dtypes.vae).to(self.runtime.device)
-        layout = (
-            torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-        )
+        layout = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
 

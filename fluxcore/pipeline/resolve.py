@@ -56,9 +56,7 @@ def _size(request: GenerationParams) -> tuple[int, int]:
     return request.width or width, request.height or height
 
 
-def _guidance(
-    request: GenerationParams, info: ModelInfo, warnings: list[str]
-) -> float | None:
+def _guidance(request: GenerationParams, info: ModelInfo, warnings: list[str]) -> float | None:
     """The scale to guide with, or None for a single pass per step."""
     if info.is_distilled:
         for name, given in (

@@ -49,9 +49,7 @@ def choose_dtypes(kind: str, dtype: str, chip: str) -> DtypePolicy:
     if dtype == "auto":
         dtype = _best_dtype(kind, chip)
     if dtype not in DTYPES:
-        raise DeviceUnavailableError(
-            f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}"
-        )
+        raise DeviceUnavailableError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     weights = DTYPES[dtype]
     wide = weights == torch.float16
     return DtypePolicy(

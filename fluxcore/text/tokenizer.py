@@ -15,9 +15,7 @@ from tokenizers import Tokenizer
 from fluxcore.config import TEXT_TOKENS, ConfigFile
 from fluxcore.errors import CheckpointConfigError, CheckpointNotFoundError
 
-TEMPLATE = (
-    "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-)
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 

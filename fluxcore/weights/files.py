@@ -50,7 +50,7 @@ class StoredTensor:
         Raises:
             CheckpointFileError: the file ends early or cannot be read.
         """
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        view = target.reshape(-1).view(torch.uint8).numpy().data
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(self.offset)

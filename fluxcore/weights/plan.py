@@ -87,7 +87,7 @@ def transformer_plan(config: TransformerConfig) -> WeightPlan:
 def qwen3_plan(config: Qwen3Config) -> WeightPlan:
     """Source: transformers Qwen3ForCausalLM; layers above the conditioning's are left out."""
     width, head = config.width, config.head_width
-    parts = {
+    parts: dict[str, tuple[Source, ...]] = {
         "embedding.weight": (Source("model.embed_tokens.weight", (config.vocabulary, width)),)
     }
     for i in range(config.used_layers):
@@ -137,9 +137,7 @@ def vae_plan(config: VaeConfig) -> WeightPlan:
         affine(f"{ours}.norm2", f"{theirs}.norm2", (channels_out,))
         affine(f"{ours}.conv2", f"{theirs}.conv2", (channels_out, channels_out, 3, 3))
         if channels_in != channels_out:
-            affine(
-                f"{ours}.shortcut", f"{theirs}.conv_shortcut", (channels_out, channels_in, 1, 1)
-            )
+            affine(f"{ours}.shortcut", f"{theirs}.conv_shortcut", (channels_out, channels_in, 1, 1))
 
     def middle(ours: str, theirs: str, channels: int) -> None:
         residual(f"{ours}.first", f"{theirs}.resnets.0", channels, channels)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fluxcore.weights.random_architecture import (
     PRESETS,
     Architecture,
@@ -14,7 +15,6 @@ from fluxcore.weights.random_architecture import (
     VaeShape,
 )
 from fluxcore.weights.random_checkpoint import write_random_checkpoint
-
 from tests.parity.twins import Twins
 
 TINY = PRESETS["tiny"]

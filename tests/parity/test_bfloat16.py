@@ -10,14 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxcore import GenerationParams
 
+from fluxcore import GenerationParams
 from tests.parity.conftest import ARCHITECTURES, TwinsOf
 from tests.parity.twins import byte_differences, painting, relative_error
 
-PARAMS = GenerationParams(
-    prompt="a lighthouse in a storm", width=160, height=128, steps=4, seed=7
-)
+PARAMS = GenerationParams(prompt="a lighthouse in a storm", width=160, height=128, steps=4, seed=7)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))

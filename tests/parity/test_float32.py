@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from fluxcore import GenerationParams
 from PIL import Image
 
+from fluxcore import GenerationParams
 from tests.parity.conftest import TwinsOf
 from tests.parity.twins import byte_differences, disc_mask, painting, worst_errors
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline
-from fluxcore import FluxPipeline, GenerationParams
-from fluxcore.pipeline import GenerationResult
 from PIL import Image
 from torch import Tensor, nn
+
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.pipeline import GenerationResult
 
 Record = dict[str, list[Tensor]]
 
@@ -39,7 +40,9 @@ class Twins:
     def __post_init__(self) -> None:
         ours, ref = self.ours, self.reference
         self.stages = [("text.embedding", ours.text_encoder.embedding, _embedding(ref))]
-        self.stages += _paired("text.layer", ours.text_encoder.layers, ref.text_encoder.model.layers)
+        self.stages += _paired(
+            "text.layer", ours.text_encoder.layers, ref.text_encoder.model.layers
+        )
         transformer, their = ours.transformer, ref.transformer
         self.stages += [
             ("img_in", transformer.img_in, their.x_embedder),
