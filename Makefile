@@ -1,0 +1,84 @@
+# Everything that a developer, a newcomer or CI runs. Needs make and Python 3.11 or newer;
+# the rest is installed into $(VENV) on first use, and again when a file that decides it changes.
+#
+#   PYTHON  interpreter that makes the environment    (default: the first fit one on PATH)
+#   VENV    the environment's directory               (default: .venv)
+#   MODEL   checkpoint directory for `make serve`     (default: a random tiny one)
+#   ARGS    more arguments for serve and the tests    (make test ARGS="-k schedule")
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TINY := .models/tiny
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
+
+ifeq ($(strip $(MODEL)),)
+SERVED := $(TINY)
+NEEDED := $(TINY)/model_index.json
+else
+SERVED := $(MODEL)
+NEEDED :=
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The libraries that the tests compare with would otherwise look for models on the network.
+test test-device test-slow: export HF_HUB_OFFLINE = 1
+.PHONY: help install serve test test-device test-slow lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make the environment and install everything into it
+
+serve: $(INSTALLED) $(NEEDED) ## Start the service (MODEL=directory; without: a random tiny model)
+	$(BIN)/fluxd serve --model "$(SERVED)" $(ARGS)
+
+test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
+	$(BIN)/python -m pytest $(ARGS)
+
+test-device: $(INSTALLED) ## Run the tests that need a GPU (CUDA or MPS)
+	$(BIN)/python -m pytest -m device $(ARGS)
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED) ## Check style, format, types and layers
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format the code and apply the safe fixes
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean: ## Remove the environment, the random models and all caches
+	rm -rf "$(VENV)" .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One call installs all, so that the constraints hold for torch, too: an open
+# range would bring another build of it.
+$(INSTALLED): pyproject.toml constraints.txt fluxcore/version.py | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+		--constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "$$python -m venv $(VENV)"; \
+			exec "$$python" -m venv --clear "$(VENV)"; \
+		fi; \
+	done; \
+	echo "no Python 3.11 or newer among: $(CANDIDATES); name one: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+# Written beside its place and then moved, so that a half-written one is never served.
+$(TINY)/model_index.json: $(wildcard fluxcore/weights/random_*.py) | $(INSTALLED)
+	rm -rf $(TINY) $(TINY).partial
+	@mkdir -p $(dir $(TINY))
+	$(BIN)/fluxd random-checkpoint $(TINY).partial --preset tiny
+	mv $(TINY).partial $(TINY)
+	@touch $@
