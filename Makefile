@@ -31,8 +31,9 @@ help: ## Show this list
 
 install: $(INSTALLED) ## Make the environment and install everything into it
 
+# "exec", so that a signal that ends make ends the service, too.
 serve: $(INSTALLED) $(NEEDED) ## Start the service (MODEL=directory; without: a random tiny model)
-	$(BIN)/fluxd serve --model "$(SERVED)" $(ARGS)
+	exec $(BIN)/fluxd serve --model "$(SERVED)" $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest $(ARGS)

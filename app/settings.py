@@ -16,17 +16,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_REFERENCES, check_side
@@ -37,17 +29,20 @@ DEFAULT_CONFIG = Path("config/fluxd.toml")
 # Pillow refuses pictures of twice this size by itself and warns above it.
 PILLOW_PIXEL_LIMIT = 89_478_485
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+# A value and where it came from, by the setting's name.
+_Found = dict[str, tuple[Any, str]]
 
 
 class SettingsError(Exception):
     """A setting is unknown, malformed or out of range; the message says where it came from."""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Every setting of the service. Units stand in the names."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: Path | None = Field(
         default=None,
@@ -55,7 +50,6 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
         description="Where the model runs: auto, cpu, mps, cuda or cuda:N.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -117,7 +111,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for the text embeddings of recent prompts; 0 keeps none.",
     )
-    warm_up_sizes: Annotated[tuple[str, ...], NoDecode] = Field(
+    warm_up_sizes: tuple[str, ...] = Field(
         default=("512x512",),
         max_length=32,
         description="Sizes drawn once before the service is ready, so that first jobs are fast.",
@@ -137,6 +131,13 @@ class Settings(BaseSettings):
         description="How long a running job may go on after SIGTERM.",
     )
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if _DEVICE.fullmatch(value) is None:
+            raise ValueError(f"should be auto, cpu, mps, cuda or cuda:N; got {value!r}")
+        return value
+
     @field_validator("default_width", "default_height")
     @classmethod
     def _check_side(cls, value: int) -> int:
@@ -155,18 +156,6 @@ class Settings(BaseSettings):
         for size in value:
             parse_size(size)
         return value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what ``load_settings`` hands in: it reads the sources and orders them."""
-        return (init_settings,)
 
     @property
     def is_loopback(self) -> bool:
@@ -248,28 +237,25 @@ def load_settings(
         SettingsError: for an unknown name, a malformed file or a value out of range.
     """
     variables = os.environ if environment is None else environment
-    values: dict[str, Any] = {}
-    origins = dict.fromkeys(Settings.model_fields, "default")
-    for found, label in (
-        _from_file(config, variables),
-        _from_environment(variables),
-        (_known(dict(flags), "flag"), "flag"),
-    ):
-        values.update(found)
-        origins.update({name: label.format(variable=_variable(name)) for name in found})
+    found: _Found = {}
+    found.update(_from_file(config, variables))
+    found.update(_from_environment(variables))
+    found.update(_known(flags, "flag"))
+    origins = {
+        name: found[name][1] if name in found else "default" for name in Settings.model_fields
+    }
     try:
-        return LoadedSettings(Settings(**values), origins)
+        values = Settings(**{name: value for name, (value, _) in found.items()})
     except ValidationError as error:
         raise SettingsError(_explain(error, origins)) from None
+    return LoadedSettings(values, origins)
 
 
-def _from_file(
-    config: Path | None, variables: Mapping[str, str]
-) -> tuple[dict[str, Any], str]:
+def _from_file(config: Path | None, variables: Mapping[str, str]) -> _Found:
     named = config or (Path(variables[CONFIG_VARIABLE]) if CONFIG_VARIABLE in variables else None)
     path = named or DEFAULT_CONFIG
     if named is None and not path.is_file():
-        return {}, "default"
+        return {}
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -277,33 +263,29 @@ def _from_file(
         raise SettingsError(f"settings file {path}: {reason}; name one that exists") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
-    return _known(found, f"settings file {path}"), str(path).replace("{", "{{").replace("}", "}}")
+    return _known(found, f"file {path}")
 
 
-def _from_environment(variables: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    known = {_variable(name): name for name in Settings.model_fields}
-    found: dict[str, Any] = {}
+def _from_environment(variables: Mapping[str, str]) -> _Found:
+    known = {f"{ENV_PREFIX}{name.upper()}": name for name in Settings.model_fields}
+    found: _Found = {}
     for variable, value in variables.items():
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
             continue
         if variable not in known:
             hint = nearest(variable, [*known, CONFIG_VARIABLE])
             raise SettingsError(f"unknown environment variable {variable}; {hint}")
-        found[known[variable]] = value
-    return found, "environment {variable}"
-
-
-def _known(found: dict[str, Any], source: str) -> dict[str, Any]:
-    for name in found:
-        if name not in Settings.model_fields:
-            raise SettingsError(
-                f"unknown setting {name!r} in {source}; {nearest(name, Settings.model_fields)}"
-            )
+        found[known[variable]] = (value, f"environment {variable}")
     return found
 
 
-def _variable(name: str) -> str:
-    return f"{ENV_PREFIX}{name.upper()}"
+def _known(values: Mapping[str, Any], origin: str) -> _Found:
+    for name in values:
+        if name not in Settings.model_fields:
+            raise SettingsError(
+                f"unknown setting {name!r} ({origin}); {nearest(name, Settings.model_fields)}"
+            )
+    return {name: (value, origin) for name, value in values.items()}
 
 
 def _checked_side(name: str, value: int) -> int:
@@ -319,5 +301,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0])
         reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        lines.append(f"setting {name} ({origins[name]}): {reason}; got {problem['input']!r}")
+        if problem["type"] != "value_error":
+            reason = f"{reason}; got {problem['input']!r}"
+        lines.append(f"setting {name} ({origins[name]}): {reason}")
     return "\n".join(lines)

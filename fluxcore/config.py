@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,7 +169,7 @@ class ConfigFile:
             raise CheckpointConfigError(f"{path} cannot be read: {error}") from error
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointConfigError(
                 f"{path} is not valid JSON ({error}); download it again"
             ) from error
@@ -183,7 +185,8 @@ class ConfigFile:
                 raise CheckpointConfigError(f"{self.path}: the field {name!r} is missing")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return kind(value)  # type: ignore[call-arg]
+            with suppress(OverflowError):  # refused below
+                return kind(value)  # type: ignore[call-arg]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointConfigError(
                 f"{self.path}: {name!r} must be of type {kind.__name__}; got {value!r}"
@@ -194,6 +197,14 @@ class ConfigFile:
         value = self.get(name, int, default)
         if value < 1:
             raise CheckpointConfigError(f"{self.path}: {name!r} must be at least 1; got {value}")
+        return value
+
+    def positive_number(self, name: str, default: float) -> float:
+        value = self.get(name, float, default)
+        if not (0 < value < math.inf):
+            raise CheckpointConfigError(
+                f"{self.path}: {name!r} must be a finite number above 0; got {value}"
+            )
         return value
 
     def integers(self, name: str, default: list[int] | None = None) -> tuple[int, ...]:
@@ -228,17 +239,22 @@ def _read_transformer(file: ConfigFile) -> TransformerConfig:
         heads=file.positive("num_attention_heads"),
         head_width=file.positive("attention_head_dim", 128),
         text_width=file.positive("joint_attention_dim"),
-        mlp_ratio=file.get("mlp_ratio", float, 3.0),
+        mlp_ratio=file.positive_number("mlp_ratio", 3.0),
         rope_axes=file.integers("axes_dims_rope", [32, 32, 32, 32]),
-        rope_theta=file.get("rope_theta", float, 2000.0),
+        rope_theta=file.positive_number("rope_theta", 2000.0),
         time_channels=file.positive("timestep_guidance_channels", 256),
-        norm_eps=file.get("eps", float, 1e-6),
+        norm_eps=file.positive_number("eps", 1e-6),
     )
     axes = config.rope_axes
     if len(axes) != 4 or sum(axes) != config.head_width or any(a % 2 for a in axes):
         raise CheckpointConfigError(
             f"{file.path}: 'axes_dims_rope' must be four even numbers that add up to "
             f"'attention_head_dim' ({config.head_width}); got {list(axes)}"
+        )
+    if config.mlp_width < 1:
+        raise CheckpointConfigError(
+            f"{file.path}: 'mlp_ratio' times the width ({config.width}) must be at least 1; "
+            f"got {config.mlp_ratio}"
         )
     if config.time_channels % 2:
         raise CheckpointConfigError(
@@ -263,7 +279,7 @@ def _read_qwen3(file: ConfigFile) -> Qwen3Config:
         kv_heads=file.positive("num_key_value_heads", heads),
         head_width=file.positive("head_dim", max(1, width // heads)),
         rope_theta=_qwen3_rope_theta(file),
-        norm_eps=file.get("rms_norm_eps", float, 1e-6),
+        norm_eps=file.positive_number("rms_norm_eps", 1e-6),
     )
     if config.layers < config.used_layers:
         raise CheckpointConfigError(
@@ -287,9 +303,13 @@ def _qwen3_rope_theta(file: ConfigFile) -> float:
             f"{file.path}: 'rope_parameters' must be of rope_type 'default'; got {parameters!r}"
         )
     theta = parameters.get("rope_theta", file.values.get("rope_theta"))
-    if not isinstance(theta, (int, float)) or theta <= 0:
+    if (
+        not isinstance(theta, (int, float))
+        or isinstance(theta, bool)
+        or not 0 < theta <= sys.float_info.max
+    ):
         raise CheckpointConfigError(
-            f"{file.path}: 'rope_theta' must be a positive number; got {theta!r}"
+            f"{file.path}: 'rope_theta' must be a finite number above 0; got {theta!r}"
         )
     return float(theta)
 
@@ -311,7 +331,7 @@ def _read_vae(file: ConfigFile) -> VaeConfig:
         mid_attention=file.get("mid_block_add_attention", bool, True),
         quant_conv=file.get("use_quant_conv", bool, True),
         post_quant_conv=file.get("use_post_quant_conv", bool, True),
-        batch_norm_eps=file.get("batch_norm_eps", float, 1e-4),
+        batch_norm_eps=file.positive_number("batch_norm_eps", 1e-4),
     )
     file.expect("in_channels", 3)
     file.expect("out_channels", 3)
@@ -360,7 +380,7 @@ def _check_fit(config: CheckpointConfig) -> None:
             f"{directory}: the transformer works on tokens of {sorted(tokens)} channels, "
             f"the VAE gives {config.vae.token_channels}; the two are of different models"
         )
-    if config.vae.pixels_per_token != 16 or not math.isfinite(config.vae.batch_norm_eps):
+    if config.vae.pixels_per_token != 16:
         raise CheckpointConfigError(
             f"{directory}: one token must cover 16 x 16 pixels; this VAE's covers "
             f"{config.vae.pixels_per_token}"

@@ -51,8 +51,8 @@ class GenerationParams:
         schedule: ``flux`` (the reference's), ``linear`` or ``power``.
         power_alpha: exponent of the ``power`` schedule, above 0 and at most 10.
         references: up to 10 input pictures, given to the model as extra tokens.
-        mask: inpainting. White (or non-zero) marks what to draw again on the first
-            reference; black stays. Same size as that reference.
+        mask: inpainting. White (half or more of full brightness) marks what to draw
+            again on the first reference; black stays. Same size as that reference.
         strength: inpainting only, above 0 and at most 1: the share of the schedule
             that is run, 1 draws the masked area from pure noise.
 
@@ -84,10 +84,13 @@ class GenerationParams:
             value = getattr(self, name)
             if value is not None:
                 check_side(name, value)
-        _check_int("steps", self.steps, 1, MAX_STEPS)
-        _check_number("guidance", self.guidance, 0.0, MAX_GUIDANCE)
+        if self.steps is not None:
+            _check_int("steps", self.steps, 1, MAX_STEPS)
+        if self.guidance is not None:
+            _check_number("guidance", self.guidance, 0.0, MAX_GUIDANCE)
         _check_int("n", self.n, 1, MAX_IMAGES)
-        _check_int("seed", self.seed, 0, MAX_SEED - (self.n - 1))
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED - (self.n - 1))
         if self.schedule not in get_args(Schedule):
             allowed = ", ".join(get_args(Schedule))
             raise InvalidParamsError(
@@ -154,8 +157,8 @@ def check_side(name: str, value: int) -> None:
 
 
 def _check_reference_size(index: int, width_px: int, height_px: int) -> None:
-    aspect = max(width_px / height_px, height_px / width_px)
-    if min(width_px, height_px) < MIN_REFERENCE_SIDE_PX or aspect > MAX_REFERENCE_ASPECT:
+    short, long = sorted((width_px, height_px))
+    if short < MIN_REFERENCE_SIDE_PX or long > short * MAX_REFERENCE_ASPECT:
         raise InvalidParamsError(
             "references",
             f"reference {index + 1} must be at least {MIN_REFERENCE_SIDE_PX} pixels on each side "
@@ -172,25 +175,21 @@ def _check_prompt(name: str, value: str) -> None:
         )
 
 
-def _check_int(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
-        return
+def _check_int(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidParamsError(name, f"{name} must be an integer; got {value!r}")
     if not low <= value <= high:
         raise InvalidParamsError(name, f"{name} must be from {low} to {high}; got {value}")
 
 
-def _check_number(
-    name: str, value: float | None, low: float, high: float, *, above: bool = False
-) -> None:
-    if value is None:
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+def _check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # an int is always finite, and may be too large for math.isfinite
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidParamsError(name, f"{name} must be a finite number; got {value!r}")
     if not low <= value <= high or (above and value == low):
         start = f"above {low:g}" if above else f"from {low:g}"
-        raise InvalidParamsError(name, f"{name} must be {start} to {high:g}; got {value:g}")
+        raise InvalidParamsError(name, f"{name} must be {start} to {high:g}; got {value}")
 
 
 def _size(image: Image.Image) -> str:

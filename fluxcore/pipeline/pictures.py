@@ -26,13 +26,12 @@ def opaque(picture: Image.Image) -> Image.Image:
     Differs from diffusers, which drops alpha and shows whatever colour lay under it:
     transparent parts become white, as viewers show them on a page.
     """
-    if picture.mode == "RGB":
-        return picture
+    picture = _eight_bit(picture)
     if "A" in picture.getbands() or "transparency" in picture.info:
         layered = picture.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(white, layered).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def fit_reference(picture: Image.Image) -> Image.Image:
@@ -66,7 +65,7 @@ def to_token_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
 
     Shapes: mask of any size -> [1, h w, 1] float32, 0 keeps and 1 draws, on the host.
     """
-    grey = mask.resize(size, Image.Resampling.LANCZOS).convert("L")
+    grey = _eight_bit(mask).resize(size, Image.Resampling.LANCZOS).convert("L")
     values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255.0)
     binary = (values >= 0.5).float()[None, None]  # [1, 1, height, width]
     grid = (size[1] // SIZE_MULTIPLE, size[0] // SIZE_MULTIPLE)
@@ -94,6 +93,13 @@ def to_picture(pixels: Tensor) -> Image.Image:
             "the program and try dtype float32"
         )
     return Image.fromarray(bytes_.cpu().numpy())
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit greyscale scaled to 8 bits; PIL's own conversion clips it to white."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
 
 
 def _area_limited(size: tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -110,9 +111,11 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """
     if device == "auto":
         device = next(kind for kind in KINDS if _available(kind))
+    if not re.fullmatch(r"mps|cpu|cuda(:[0-9]{1,3})?", device):
+        raise DeviceUnavailableError(
+            f"device must be auto, mps, cuda, cuda:N or cpu; got {device!r}"
+        )
     kind, _, index = device.partition(":")
-    if kind not in KINDS or (index and not index.isdecimal()):
-        raise DeviceUnavailableError(f"device must be auto, mps, cuda, cuda:N or cpu; got {device}")
     if not _available(kind):
         raise DeviceUnavailableError(
             f"device {kind} is not available to this PyTorch ({torch.__version__}); "

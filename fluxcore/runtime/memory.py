@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,8 +32,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def translated_errors() -> Iterator[None]:
     """Turn a framework's out-of-memory error into ``OutOfMemoryError``.
 
-    The cause is cut off on purpose: its traceback holds the frames, and so the
-    tensors, that filled the memory.
+    The original's frames are emptied on purpose: Python keeps it as the new error's
+    context, and its frames hold the tensors that filled the memory.
     """
     failure = None
     try:
@@ -41,6 +42,8 @@ def translated_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
     if failure is not None:
         raise OutOfMemoryError(
             "the device has too little free memory for this job; ask for a smaller size, "

@@ -93,7 +93,7 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
     try:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): Path(str(shard)) for name, shard in shard_of.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointFileError(
             f"{index} is not a valid index of safetensors shards ({error}); download it again"
         ) from error
@@ -106,7 +106,14 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
             raise CheckpointNotFoundError(
                 f"{path} is missing, though {index.name} lists it; download it again"
             )
-        found |= _read_header(path)
+        tensors = _read_header(path)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise CheckpointFileError(
+                f"{path} holds {twice[0]}, and so does {found[twice[0]].file.name}; "
+                "download the directory again"
+            )
+        found |= tensors
     lost = sorted(set(names) - set(found))
     if lost:
         raise CheckpointFileError(

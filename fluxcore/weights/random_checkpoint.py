@@ -42,6 +42,8 @@ from fluxcore.weights.random_tensors import (
 )
 from fluxcore.weights.random_tokenizer import check_fits, write_tokenizer
 
+__all__ = ["PRESETS", "Architecture", "write_random_checkpoint"]
+
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
@@ -55,6 +57,8 @@ FORMAT_NAMES = {
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 HEADER_ALIGNMENT_BYTES = 8
+PROGRESS_BYTES = 1 << 24
+"""At least this much is written between two calls of ``progress``."""
 
 
 def write_random_checkpoint(
@@ -73,7 +77,7 @@ def write_random_checkpoint(
 
     Everything is written to a sibling directory that takes the final name at the
     end, so an interrupted run leaves no directory that looks complete. Weights go
-    to disk as they are drawn; memory stays near 100 MB at every size.
+    to disk as they are drawn, so memory stays the same at every size.
 
     Args:
         directory: where to; must not exist yet, or be empty.
@@ -168,6 +172,7 @@ class _Writer:
     total_bytes: int
     progress: Callable[[int, int], None] | None
     done_bytes: int = field(default=0, init=False)
+    reported_bytes: int = field(default=0, init=False)
 
     def write_component(self, parent: Path, component: _Component) -> None:
         directory = parent / component.name
@@ -209,9 +214,14 @@ class _Writer:
             for spec in ordered:
                 for values in draw(spec, self.dtype, seed=self.seed, component=component.name):
                     stream.write(values.view(torch.uint8).numpy().data)
-                    self.done_bytes += values.numel() * values.element_size()
-                    if self.progress is not None:
-                        self.progress(self.done_bytes, self.total_bytes)
+                    self._count(values.numel() * values.element_size())
+
+    def _count(self, written_bytes: int) -> None:
+        self.done_bytes += written_bytes
+        due = self.done_bytes - self.reported_bytes >= PROGRESS_BYTES
+        if self.progress is not None and (due or self.done_bytes == self.total_bytes):
+            self.progress(self.done_bytes, self.total_bytes)
+            self.reported_bytes = self.done_bytes
 
     def _header(self, specs: list[TensorSpec]) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

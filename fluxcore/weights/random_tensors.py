@@ -24,8 +24,9 @@ from torch import Tensor
 
 from fluxcore.weights.random_architecture import PATCH_SIZE, Architecture
 
-CHUNK_ELEMENTS = 1 << 22
-"""Values drawn at a time: what bounds the memory of a run."""
+CHUNK_ELEMENTS = 1 << 15
+"""Values drawn at a time. torch starts its threads above this size; for work that is
+bound by memory and disk they only cost, on a busy machine several times over."""
 
 NORM_NOISE = 0.1
 BIAS_NOISE = 0.1
@@ -78,11 +79,11 @@ class TensorSpec:
 
 
 def draw(spec: TensorSpec, dtype: torch.dtype, *, seed: int, component: str) -> Iterator[Tensor]:
-    """The values of one tensor, flat, in chunks of at most about CHUNK_ELEMENTS.
+    """The values of one tensor, flat, in chunks of whole rows: CHUNK_ELEMENTS or one row.
 
     They depend on the seed, the component and the name alone, so neither the order
     nor the sharding of a checkpoint changes them. They are uniform, 16 random bits
-    each, which is several times quicker to draw than normal ones; sums over a
+    each, which is much quicker to draw than normal ones; sums over a
     layer's inputs come out normal all the same.
 
     Shapes: the chunks together have ``spec.elements`` values.

@@ -1,0 +1,71 @@
+"""Pictures inside a JSON body: base64 or data URLs to PIL.
+
+Owns the transport encoding and which field an error names; the bytes themselves
+are judged by ``app.engine.pictures``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from app.engine.pictures import PictureError, read_mask, read_picture
+from app.errors import InvalidRequestError
+
+_DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_LINE_BREAKS = str.maketrans("", "", "\r\n")
+
+
+@dataclass(frozen=True, slots=True)
+class InputPictures:
+    """The decoded pictures of one request."""
+
+    references: tuple[Image.Image, ...]
+    mask: Image.Image | None
+
+
+def decode_pictures(references: Sequence[str], mask: str | None, max_pixels: int) -> InputPictures:
+    """Decode all pictures of a request. Slow: call it off the event loop.
+
+    Raises:
+        InvalidRequestError: naming the picture that cannot be used.
+    """
+    return InputPictures(
+        references=tuple(
+            _decode(f"images[{i}]", text, max_pixels, read_picture)
+            for i, text in enumerate(references)
+        ),
+        mask=None if mask is None else _decode("mask", mask, max_pixels, read_mask),
+    )
+
+
+def _decode(
+    param: str, text: str, max_pixels: int, read: Callable[[bytes, int], Image.Image]
+) -> Image.Image:
+    try:
+        return read(_from_base64(text), max_pixels)
+    except PictureError as error:
+        raise InvalidRequestError(f"{param} {error}", param=param) from None
+
+
+def _from_base64(text: str) -> bytes:
+    """Strictly decoded; line breaks are allowed, as ``base64`` programs write them."""
+    if _REMOTE.match(text):
+        raise PictureError("is an address; addresses are not fetched, send the picture as base64")
+    # The head only: the pattern must not run over megabytes of base64.
+    header = _DATA_URL.match(text[:256])
+    if header is not None:
+        if ";base64" not in header[2].lower():
+            raise PictureError("must be a data URL in base64: data:image/png;base64,...")
+        text = text[header.end() :]
+    try:
+        return binascii.a2b_base64(text.translate(_LINE_BREAKS), strict_mode=True)
+    except ValueError:
+        raise PictureError(
+            "is not valid base64; send base64 with its padding, or a data URL"
+        ) from None

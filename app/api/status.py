@@ -1,0 +1,89 @@
+"""``/health``, ``/ready`` and ``/``: how the service stands.
+
+None of them waits for the device, so they answer while a job runs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from app.engine import Engine, EngineStatus
+from app.engine.engine import LOADING_RETRY_S
+from app.errors import EngineDeadError, NotReadyError, ServiceError, ShuttingDownError
+from app.settings import Settings
+from fluxcore.version import __version__
+
+ROUTES = {
+    "POST /v1/generate": "draw pictures; JSON in, JSON or picture bytes out",
+    "GET /health": "whether the process works; 503 when it must be restarted",
+    "GET /ready": "whether jobs are taken; 503 until the model is loaded and warm",
+    "GET /openapi.json": "the description of all routes for programs",
+}
+
+
+def status_routes(engine: Engine, settings: Settings) -> APIRouter:
+    """The routes, bound to an engine."""
+    router = APIRouter()
+    started_s = time.monotonic()
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the process works. True while loading and draining."""
+        status = engine.status()
+        body: dict[str, Any] = {
+            "status": "ok" if status.is_alive else "failed",
+            "state": status.state,
+            "model": status.model,
+            "device": status.device,
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - started_s, 3),
+            "queue_depth": status.queue_depth,
+            "running": status.running,
+        }
+        if status.is_alive:
+            return JSONResponse(body)
+        error = EngineDeadError("the service cannot draw pictures and should be restarted")
+        return _unavailable(error, body)
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether jobs are taken."""
+        status = engine.status()
+        body: dict[str, Any] = {
+            "status": status.state,
+            "stage": status.startup.stage,
+            "progress": round(status.startup.progress, 4),
+        }
+        if status.is_ready:
+            return JSONResponse(body)
+        return _unavailable(_why_not(status, settings), body)
+
+    @router.get("/")
+    async def index() -> JSONResponse:
+        """What there is."""
+        return JSONResponse({"name": "fluxd", "version": __version__, "routes": ROUTES})
+
+    return router
+
+
+def _why_not(status: EngineStatus, settings: Settings) -> ServiceError:
+    match status.state:
+        case "loading" | "warming_up":
+            stage = f"{status.startup.stage}, {status.startup.progress:.0%}"
+            return NotReadyError(
+                f"the model is not ready yet ({stage})", retry_after_s=LOADING_RETRY_S
+            )
+        case "draining" | "stopped":
+            return ShuttingDownError(
+                "the service is shutting down", retry_after_s=settings.shutdown_grace_s
+            )
+    return EngineDeadError("the service cannot draw pictures and should be restarted")
+
+
+def _unavailable(error: ServiceError, body: dict[str, Any]) -> JSONResponse:
+    """The error's shape with the route's own fields beside it."""
+    return JSONResponse({**error.body(), **body}, status_code=error.status, headers=error.headers)

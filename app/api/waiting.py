@@ -1,0 +1,55 @@
+"""From an accepted job to its outcome, while watching the client and the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from starlette.requests import Request
+
+from app.engine import Engine, Job, JobOutcome
+from app.errors import ClientLeftError, JobTimeoutError
+
+
+async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: float) -> JobOutcome:
+    """Wait for a job. The request's body must have been read.
+
+    Raises:
+        ClientLeftError: the client closed the connection; the job is cancelled.
+        JobTimeoutError: it took too long; the job is cancelled.
+        ServiceError: whatever the job failed with.
+    """
+    answer = asyncio.wrap_future(job.future)
+    left = asyncio.create_task(_client_left(request))
+    try:
+        first: set[asyncio.Future[Any]] = {answer, left}
+        await asyncio.wait(first, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        if left.done():
+            raise ClientLeftError("the client closed the connection before the job was done")
+        raise JobTimeoutError(
+            f"the job was not done after {timeout_s:g} s and has been cancelled; "
+            "ask for a smaller size, fewer steps or fewer pictures"
+        )
+    except (ClientLeftError, JobTimeoutError) as reason:
+        if not job.is_settled:
+            engine.cancel(job, reason)
+        raise
+    except asyncio.CancelledError:
+        engine.cancel(job, ClientLeftError("the request was ended before the job was done"))
+        raise
+    finally:
+        left.cancel()
+        answer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await left
+
+
+async def _client_left(request: Request) -> None:
+    """Return once the connection is closed from the other side."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return

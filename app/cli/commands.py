@@ -1,0 +1,264 @@
+"""The command line: ``fluxd serve | generate | settings | random-checkpoint``.
+
+Wiring only. Everything heavy is imported inside the commands, so that help and
+usage errors come at once. Exit status: 0 done, 2 wrong usage or parameters, 1 any
+other failure; errors are one plain message on standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.cli.terminal import UsageError
+from fluxcore.version import __version__
+
+if TYPE_CHECKING:
+    from app.settings import LoadedSettings
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+cli = typer.Typer(
+    name="fluxd",
+    help="Local image generation with FLUX.2 [klein].",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Square brackets in texts are not markup.
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Checkpoint directory.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, mps, cuda or cuda:N.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Settings file. Default: config/fluxd.toml, if it exists."
+    ),
+]
+Host = Annotated[
+    str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+]
+Port = Annotated[int | None, typer.Option("--port", metavar="N", help="Port to listen on.")]
+LogLevel = Annotated[
+    str | None,
+    typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting; repeatable. 'fluxd settings' lists them.",
+    ),
+]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"fluxd {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Local image generation with FLUX.2 [klein]."""
+
+
+@cli.command()
+def serve(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    host: Host = None,
+    port: Port = None,
+    log_level: LogLevel = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Load a model once and answer HTTP requests until a signal ends it."""
+    with plain_errors():
+        given = {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "host": host,
+            "port": port,
+            "log_level": log_level,
+        }
+        loaded = _load(given, config, assignments)
+
+        from app.main import serve_checkpoint
+
+        status = serve_checkpoint(loaded.values)
+    raise typer.Exit(status)
+
+
+@cli.command()
+def settings(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    host: Host = None,
+    port: Port = None,
+    log_level: LogLevel = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Print every setting in effect, where it comes from and what it is for, as TOML."""
+    with plain_errors():
+        given = {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "host": host,
+            "port": port,
+            "log_level": log_level,
+        }
+        typer.echo(_load(given, config, assignments).as_toml(), nl=False)
+
+
+@cli.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; - reads standard input.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Where to: .png, .jpg or .webp; - writes PNG to standard output.",
+        ),
+    ] = "out.png",
+    model: Model = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Has an effect on base models.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: random.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Pictures; several get numbered names.")] = 1,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    schedule: Annotated[str, typer.Option(help="flux, linear or power.")] = "flux",
+    power_alpha: Annotated[float, typer.Option(help="Exponent of the power schedule.")] = 2.0,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A reference picture; repeatable."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What to draw again on the first reference."),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="With a mask: above 0 to 1.")] = 1.0,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 90,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+) -> None:
+    """Draw pictures in this process and write them to files."""
+    with plain_errors():
+        loaded = _load({"model": model, "device": device, "dtype": dtype}, config, None)
+
+        from app.cli.one_shot import Wanted, draw
+
+        draw(
+            Wanted(
+                prompt=prompt,
+                output=output,
+                params={
+                    "width": width,
+                    "height": height,
+                    "steps": steps,
+                    "guidance": guidance,
+                    "seed": seed,
+                    "n": n,
+                    "negative_prompt": negative,
+                    "schedule": schedule,
+                    "power_alpha": power_alpha,
+                    "strength": strength,
+                },
+                references=tuple(image or ()),
+                mask=mask,
+                quality=quality,
+            ),
+            loaded.values,
+        )
+
+
+@cli.command("random-checkpoint")
+def random_checkpoint(
+    directory: Annotated[Path, typer.Argument(help="Must not exist yet, or be empty.")],
+    preset: Annotated[str, typer.Option(help="tiny, 4b or 9b.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    base: Annotated[
+        bool, typer.Option("--base", help="A base model (50 steps, guidance), not a distilled one.")
+    ] = False,
+) -> None:
+    """Write a checkpoint of random weights, to try the service or a machine."""
+    with plain_errors():
+        from app.cli.terminal import byte_progress
+        from fluxcore.weights.random_checkpoint import write_random_checkpoint
+
+        with byte_progress("writing") as progress:
+            path = write_random_checkpoint(
+                directory, preset, seed=seed, is_distilled=not base, progress=progress
+            )
+        typer.echo(path)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn expected failures into one message and an exit status."""
+    from app.settings import SettingsError
+    from fluxcore.errors import FluxError, InvalidParamsError
+
+    try:
+        yield
+    except (UsageError, SettingsError, InvalidParamsError) as error:
+        _fail(error, EXIT_USAGE)
+    except (FluxError, OSError) as error:
+        _fail(error, EXIT_FAILURE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="fluxd")
+
+
+def _fail(message: object, status: int) -> None:
+    typer.echo(f"fluxd: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def _load(
+    given: dict[str, Any], config: Path | None, assignments: list[str] | None
+) -> LoadedSettings:
+    from app.settings import load_settings
+
+    flags = {name: value for name, value in given.items() if value is not None}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE; got {assignment!r}")
+        flags[name.strip().replace("-", "_")] = value.strip()
+    return load_settings(flags, config=config)

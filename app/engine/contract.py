@@ -1,0 +1,109 @@
+"""What the engine asks of a pipeline: the part of ``FluxPipeline`` that it calls.
+
+Owns no behaviour. It is here so that this package needs no framework to be
+imported, and so that a slow or failing pipeline can stand in for scheduling tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+from fluxcore.params import GenerationParams
+
+
+class LoadStep(Protocol):
+    """How far one component has been read."""
+
+    @property
+    def component(self) -> str: ...
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
+class Model(Protocol):
+    """What was loaded."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Device(Protocol):
+    """Where it runs."""
+
+    def describe(self) -> dict[str, str]: ...
+    def release_memory(self) -> None: ...
+
+
+class Resolved(Protocol):
+    """A request with every default filled in. Units: pixels."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance(self) -> float | None: ...
+
+
+class Result(Protocol):
+    """Finished pictures. Units: timings in milliseconds per stage."""
+
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+    @property
+    def seeds(self) -> Sequence[int]: ...
+    @property
+    def timings(self) -> Mapping[str, float]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+    @property
+    def params(self) -> Resolved: ...
+    @property
+    def cache_hit(self) -> bool: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+
+
+class Slice(Protocol):
+    """One slice of a job that is done, after which the job may be abandoned."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def image_index(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
+class Pipeline(Protocol):
+    """A loaded model. All but ``prepare`` is called from the worker thread only."""
+
+    @property
+    def info(self) -> Model: ...
+    @property
+    def runtime(self) -> Device: ...
+
+    def warm_up(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None: ...
+
+    def prepare(self, params: GenerationParams) -> Any: ...
+
+    def run(self, params: GenerationParams) -> Generator[Slice, None, Result]: ...
+
+
+# Loads the pipeline on the thread that calls it, reporting after every tensor.
+Loader = Callable[[Callable[[LoadStep], None]], Pipeline]

@@ -1,0 +1,294 @@
+"""The engine as the rest of the service sees it: submit a job, ask how it stands, stop.
+
+Puts the scheduler, the worker and the packing threads together and decides which
+error a job gets that none of them can run. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from app import telemetry
+from app.engine.contract import Loader, Pipeline, Result
+from app.engine.jobs import Job, JobOutcome
+from app.engine.metadata import provenance
+from app.engine.packing import PackedPicture, Packing, PackingPool
+from app.engine.scheduler import Scheduler
+from app.engine.worker import Startup, Worker, WorkerState
+from app.errors import (
+    EngineDeadError,
+    InternalError,
+    NotReadyError,
+    ServiceError,
+    ShuttingDownError,
+)
+from fluxcore.params import GenerationParams
+
+logger = logging.getLogger(__name__)
+
+# When a client may ask again while the model is being loaded, in seconds.
+LOADING_RETRY_S = 5.0
+# How long a cancelled job may take to reach its next slice at the end, in seconds.
+LAST_SLICE_S = 10.0
+POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot for health and readiness.
+
+    Attributes:
+        state: loading, warming_up, ready, draining, stopped or failed.
+        is_alive: the worker runs and the device draws pictures.
+        startup: how far getting ready has come.
+        device: what the runtime says of itself; empty while loading.
+    """
+
+    state: str
+    is_alive: bool
+    is_ready: bool
+    startup: Startup
+    model: str | None
+    device: dict[str, str]
+    queue_depth: int
+    running: int
+
+
+class Engine:
+    """Owns the job from its admission to its answer.
+
+    Args:
+        load: makes the pipeline, on the worker's thread.
+        queue_limit: jobs that may wait.
+        warm_up_sizes: (width, height) of pictures drawn before the engine is ready.
+        shutdown_grace_s: what a client is told to wait when the engine is ending.
+        on_startup_failure: called, on the worker's thread, when the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        *,
+        queue_limit: int,
+        warm_up_sizes: tuple[tuple[int, int], ...] = (),
+        shutdown_grace_s: float = 30.0,
+        on_startup_failure: Callable[[], None] | None = None,
+    ) -> None:
+        self._scheduler = Scheduler(queue_limit)
+        self._packers = PackingPool()
+        self._worker = Worker(
+            load,
+            self._scheduler,
+            warm_up_sizes=warm_up_sizes,
+            on_drawn=self._drawn,
+            on_failed=self._failed,
+            on_end=self._worker_ended,
+        )
+        self._grace_s = shutdown_grace_s
+        self._is_draining = False
+        self._hurry = threading.Event()
+        self._has_ended: bool | None = None
+        self.on_startup_failure = on_startup_failure
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the worker ended by a failure: the model was unusable, or worse."""
+        return self._worker.state is WorkerState.FAILED
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job waits, runs or is being packed."""
+        return (
+            self._scheduler.running is None
+            and self._scheduler.depth == 0
+            and self._packers.jobs == 0
+        )
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._worker.start()
+
+    def check_admission(self) -> None:
+        """Refuse a request before its pictures are decoded.
+
+        Raises:
+            EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
+        """
+        self._pipeline()
+        self._scheduler.check()
+
+    def submit(self, params: GenerationParams, packing: Packing, request_id: str) -> Job:
+        """Accept a request, or refuse it at once.
+
+        Raises:
+            InvalidParamsError: it does not fit the loaded model.
+            EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
+        """
+        self._pipeline().prepare(params)
+        job = Job(params, packing, request_id)
+        if not self._scheduler.admit(job):
+            raise self._shutting_down()
+        logger.debug("prompt: %s", params.prompt)
+        return job
+
+    def cancel(self, job: Job, reason: ServiceError) -> None:
+        """A waiting job never runs; a running one stops at its next slice."""
+        job.cancel(reason)
+        if self._scheduler.remove(job):
+            self._failed(job, reason)
+
+    def status(self) -> EngineStatus:
+        """How the engine stands; cheap, and never blocks on the device."""
+        worker = self._worker
+        state = str(worker.state)
+        if self._is_draining and worker.state is not WorkerState.FAILED:
+            state = "stopped" if worker.state is WorkerState.STOPPED else "draining"
+        pipeline = worker.pipeline
+        return EngineStatus(
+            state=state,
+            is_alive=worker.is_alive and not worker.is_device_suspect,
+            is_ready=state == WorkerState.READY and worker.is_alive,
+            startup=worker.startup,
+            model=None if pipeline is None else pipeline.info.name,
+            device={} if pipeline is None else pipeline.runtime.describe(),
+            queue_depth=self._scheduler.depth,
+            running=0 if self._scheduler.running is None else 1,
+        )
+
+    def drain(self) -> None:
+        """Admit nothing more and answer what waits; the running job goes on."""
+        self._is_draining = True
+        self._worker.stop()
+        for job in self._scheduler.close():
+            self._failed(job, self._shutting_down())
+
+    def hurry(self) -> None:
+        """Cut the grace of a ``stop`` short."""
+        self._hurry.set()
+
+    def stop(self, grace_s: float = 0.0) -> bool:
+        """Drain, let the running job go on for ``grace_s``, then cancel it. Blocks.
+
+        A second call only repeats what the first returned.
+
+        Returns:
+            False when the worker did not end, because one slice takes too long.
+        """
+        if self._has_ended is not None:
+            return self._has_ended
+        self.drain()
+        deadline_s = time.monotonic() + grace_s
+        while not self.is_idle and self._worker.is_alive and time.monotonic() < deadline_s:
+            if self._hurry.wait(POLL_S):
+                break
+        running = self._scheduler.running
+        if running is not None:
+            running.cancel(self._shutting_down())
+        self._has_ended = self._worker.join(LAST_SLICE_S)
+        self._packers.close()
+        return self._has_ended
+
+    def _pipeline(self) -> Pipeline:
+        """The pipeline, if jobs may be given to it."""
+        worker = self._worker
+        if worker.state is WorkerState.FAILED:
+            raise EngineDeadError("the service cannot draw any more and must be restarted")
+        if self._is_draining or worker.state is WorkerState.STOPPED:
+            raise self._shutting_down()
+        if worker.state is not WorkerState.READY or worker.pipeline is None:
+            startup = worker.startup
+            raise NotReadyError(
+                f"the model is not ready yet ({startup.stage}, {startup.progress:.0%}); "
+                "GET /ready says when it is",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        return worker.pipeline
+
+    def _shutting_down(self) -> ShuttingDownError:
+        return ShuttingDownError(
+            "the service is shutting down; try again when it is back",
+            retry_after_s=self._grace_s,
+        )
+
+    def _drawn(self, job: Job, result: Result) -> None:
+        """The device is done with the job: pack its pictures while the next one runs."""
+        drawn_s = time.monotonic()
+        model = self._model_name()
+        made = [
+            (image, provenance(job.params, result, index, model))
+            for index, image in enumerate(result.images)
+        ]
+
+        def deliver(packed: list[Future[PackedPicture]]) -> None:
+            token = telemetry.request_id.set(job.request_id)
+            broken = next((f.exception() for f in packed if f.exception() is not None), None)
+            if broken is not None:
+                logger.error("packing failed", exc_info=broken)
+                self._failed(job, InternalError("the picture could not be written as a file"))
+            else:
+                pack_ms = (time.monotonic() - drawn_s) * 1000
+                self._packed(job, result, tuple(f.result() for f in packed), pack_ms)
+            telemetry.request_id.reset(token)
+
+        self._packers.pack(made, job.packing, deliver)
+
+    def _packed(
+        self, job: Job, result: Result, pictures: tuple[PackedPicture, ...], pack_ms: float
+    ) -> None:
+        assert job.started_s is not None, "a drawn job was started"
+        stages = {name: ms for name, ms in result.timings.items() if name != "total"}
+        timings_ms = {
+            "queue": (job.started_s - job.accepted_s) * 1000,
+            **stages,
+            "pack": pack_ms,
+            "total": (time.monotonic() - job.accepted_s) * 1000,
+        }
+        outcome = JobOutcome(
+            model=self._model_name(),
+            pictures=pictures,
+            resolved=result.params,
+            timings_ms=timings_ms,
+            cache_hit=result.cache_hit,
+            warnings=tuple(result.warnings),
+            peak_bytes=result.peak_bytes,
+        )
+        # Logged first, so that the line is there when the client has its answer.
+        fields = {
+            "size": f"{result.params.width}x{result.params.height}",
+            "n": len(pictures),
+            "steps": result.params.steps,
+            "seed": result.seeds[0],
+            "cache_hit": result.cache_hit,
+            **{f"{name}_ms": ms for name, ms in timings_ms.items()},
+            "peak_bytes": result.peak_bytes,
+        }
+        logger.info(telemetry.fields_line("job done", fields))
+        job.complete(outcome)
+
+    def _failed(self, job: Job, error: ServiceError) -> None:
+        if not job.fail(error):
+            return
+        # Not the message: it may quote the request.
+        line = telemetry.fields_line("job failed", {"code": error.code, "param": error.param})
+        logger.log(
+            logging.INFO if error.status < 500 else logging.WARNING,
+            line,
+            extra={"request_id": job.request_id},
+        )
+
+    def _worker_ended(self) -> None:
+        """Nothing may wait for a worker that is gone."""
+        running = self._scheduler.running
+        for job in [*self._scheduler.close(), *([] if running is None else [running])]:
+            self._failed(job, EngineDeadError("the service cannot draw any more"))
+        if self.has_failed and not self._worker.was_ready and self.on_startup_failure is not None:
+            self.on_startup_failure()
+
+    def _model_name(self) -> str:
+        assert self._worker.pipeline is not None, "jobs run on a loaded pipeline"
+        return self._worker.pipeline.info.name

@@ -1,0 +1,115 @@
+"""Finished pictures to PNG, JPEG or WebP bytes, off the worker thread.
+
+Owns the encoders' settings and the threads they run on. Pillow lets go of the
+interpreter lock while it compresses, so pictures of one job are packed side by side.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from app.engine.metadata import Provenance, exif, png_text
+
+PictureFormat = Literal["png", "jpeg", "webp"]
+PACKING_THREADS = 2
+# Higher levels take several times as long for a few percent of the bytes.
+PNG_COMPRESS_LEVEL = 1
+WEBP_METHOD = 4
+DEFAULT_QUALITY = 90
+# From this quality on, colours are kept at full resolution.
+FULL_CHROMA_QUALITY = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How pictures are to be written. ``quality``, 1 to 100, counts for JPEG and WebP."""
+
+    format: PictureFormat = "png"
+    quality: int = DEFAULT_QUALITY
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPicture:
+    """One picture as a file. Units: pixels."""
+
+    data: bytes
+    format: PictureFormat
+    seed: int
+    width: int
+    height: int
+
+
+def pack_picture(picture: Image.Image, packing: Packing, made: Provenance) -> PackedPicture:
+    """Write one picture, with what made it, to bytes."""
+    target = io.BytesIO()
+    match packing.format:
+        case "png":
+            picture.save(target, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=png_text(made))
+        case "jpeg":
+            subsampling = "4:4:4" if packing.quality >= FULL_CHROMA_QUALITY else "4:2:0"
+            picture.save(
+                target, "JPEG", quality=packing.quality, subsampling=subsampling, exif=exif(made)
+            )
+        case "webp":
+            picture.save(
+                target, "WEBP", quality=packing.quality, method=WEBP_METHOD, exif=exif(made)
+            )
+    return PackedPicture(
+        target.getvalue(), packing.format, made.seed, picture.width, picture.height
+    )
+
+
+class PackingPool:
+    """The threads that pack."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(PACKING_THREADS, thread_name_prefix="fluxd-pack")
+        self._lock = threading.Lock()
+        self._jobs = 0
+
+    @property
+    def jobs(self) -> int:
+        """Jobs whose pictures are being packed."""
+        return self._jobs
+
+    def pack(
+        self,
+        pictures: Sequence[tuple[Image.Image, Provenance]],
+        packing: Packing,
+        deliver: Callable[[list[Future[PackedPicture]]], None],
+    ) -> None:
+        """Pack one job's pictures; ``deliver`` is called once, on a packing thread."""
+        with self._lock:
+            self._jobs += 1
+        remaining = len(pictures)
+        started: list[Future[PackedPicture]] = []
+
+        def one_done(_: Future[PackedPicture]) -> None:
+            nonlocal remaining
+            with self._lock:
+                remaining -= 1
+                is_last = remaining == 0
+            if not is_last:
+                return
+            try:
+                deliver(started)
+            finally:
+                with self._lock:
+                    self._jobs -= 1
+
+        started += [
+            self._pool.submit(pack_picture, picture, packing, made) for picture, made in pictures
+        ]
+        for future in started:
+            future.add_done_callback(one_done)
+
+    def close(self) -> None:
+        """End the threads after what they have in hand."""
+        self._pool.shutdown(wait=True)

@@ -1,0 +1,212 @@
+"""The one thread that owns the pipeline.
+
+Owns loading, warming up and running jobs slice by slice, and survives whatever a
+job does. Nothing else in the process touches the device. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from app import telemetry
+from app.engine.contract import Loader, LoadStep, Pipeline, Result
+from app.engine.jobs import Job
+from app.engine.scheduler import Scheduler
+from app.errors import ServiceError, as_service_error
+from fluxcore.errors import DeviceFaultError, FluxError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerState(StrEnum):
+    """Where the worker stands."""
+
+    LOADING = "loading"
+    WARMING_UP = "warming_up"
+    READY = "ready"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """How far getting ready has come; ``progress`` runs from 0 to 1 within a stage."""
+
+    stage: str
+    progress: float
+
+
+class _StartupStoppedError(Exception):
+    """Getting ready was given up because the process is ending."""
+
+
+class Worker:
+    """Runs on a thread of its own from ``start`` on.
+
+    Args:
+        load: makes the pipeline; called on the thread.
+        warm_up_sizes: (width, height) of the pictures to draw before being ready.
+        on_drawn: takes a finished job's result, still on the thread.
+        on_failed: takes a job that ended without one.
+        on_end: called last, when no more jobs will be taken.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        scheduler: Scheduler,
+        *,
+        warm_up_sizes: tuple[tuple[int, int], ...],
+        on_drawn: Callable[[Job, Result], None],
+        on_failed: Callable[[Job, ServiceError], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._load = load
+        self._scheduler = scheduler
+        self._warm_up_sizes = warm_up_sizes
+        self._on_drawn = on_drawn
+        self._on_failed = on_failed
+        self._on_end = on_end
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fluxd-worker", daemon=True)
+        self.pipeline: Pipeline | None = None
+        self.state = WorkerState.LOADING
+        self.startup = Startup("starting", 0.0)
+        self.was_ready = False
+        # The last job ended in a device fault, even after the pipeline's own retry.
+        self.is_device_suspect = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up getting ready, at the next tensor or warm-up picture."""
+        self._stopping.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end. False when it did not come in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        state = WorkerState.FAILED
+        try:
+            if self._get_ready():
+                self._serve_all()
+                state = WorkerState.STOPPED
+            elif self._stopping.is_set():
+                state = WorkerState.STOPPED
+        finally:
+            self.state = state
+            self._on_end()
+
+    def _get_ready(self) -> bool:
+        """Load and warm up. False when that failed or was given up."""
+        started_s = time.monotonic()
+        try:
+            self.pipeline = self._load(self._loading)
+            loaded_s = time.monotonic()
+            self.state = WorkerState.WARMING_UP
+            self.pipeline.warm_up(sizes=self._warm_up_sizes, progress=self._warming)
+        except _StartupStoppedError:
+            logger.info("stopped before the model was ready")
+            return False
+        except FluxError as error:
+            logger.error("%s failed: %s", self.state.replace("_", " "), error)
+            return False
+        except Exception:
+            logger.exception("%s failed", self.state.replace("_", " "))
+            return False
+        described = self.pipeline.runtime.describe()
+        logger.info(
+            telemetry.fields_line(
+                "ready",
+                {
+                    "model": self.pipeline.info.name,
+                    "load_s": loaded_s - started_s,
+                    "warm_up_s": time.monotonic() - loaded_s,
+                    **described,
+                },
+            )
+        )
+        self.startup = Startup("ready", 1.0)
+        self.state = WorkerState.READY
+        self.was_ready = True
+        return True
+
+    def _loading(self, step: LoadStep) -> None:
+        self.startup = Startup(step.component, step.done_bytes / max(step.total_bytes, 1))
+        if self._stopping.is_set():
+            raise _StartupStoppedError
+
+    def _warming(self, done: int, wanted: int) -> None:
+        self.startup = Startup("warm-up", done / max(wanted, 1))
+        if self._stopping.is_set():
+            raise _StartupStoppedError
+
+    def _serve_all(self) -> None:
+        while (job := self._scheduler.take()) is not None:
+            token = telemetry.request_id.set(job.request_id)
+            self._serve(job)
+            telemetry.request_id.reset(token)
+            # Nothing of a job may stay alive while the worker waits for the next.
+            del job
+
+    def _serve(self, job: Job) -> None:
+        """Run one job and answer it, whatever happens."""
+        assert self.pipeline is not None, "jobs are served once the pipeline is loaded"
+        job.start()
+        failure: ServiceError | None = None
+        is_out_of_memory = False
+        is_fault = False
+        try:
+            self._on_drawn(job, self._run_slices(job, self.pipeline))
+        except ServiceError as error:
+            failure = error.with_traceback(None)
+        except OutOfMemoryError as error:
+            is_out_of_memory = True
+            logger.warning("out of memory: %s", error)
+            failure = as_service_error(error)
+        except DeviceFaultError as error:
+            is_fault = True
+            logger.error("device fault: %s", error)
+            failure = as_service_error(error)
+        except FluxError as error:
+            failure = as_service_error(error)
+        except Exception as error:
+            logger.exception("the job failed")
+            failure = as_service_error(error)
+        # Outside the except blocks: their tracebacks hold the tensors that filled the memory.
+        if is_out_of_memory:
+            self.pipeline.runtime.release_memory()
+        if failure is None or is_fault:
+            self.is_device_suspect = is_fault
+        if failure is not None:
+            self._on_failed(job, failure)
+        self._scheduler.finished(job, is_measured=failure is None)
+
+    def _run_slices(self, job: Job, pipeline: Pipeline) -> Result:
+        """Step through the job, stopping between slices when it is cancelled."""
+        slices = pipeline.run(job.params)
+        try:
+            while True:
+                if job.cancelled is not None:
+                    raise job.cancelled
+                try:
+                    next(slices)
+                except StopIteration as end:
+                    result: Result = end.value
+                    return result
+        finally:
+            slices.close()

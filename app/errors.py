@@ -1,0 +1,199 @@
+"""Every error that a client can be answered with.
+
+    ServiceError                       status, type, code, param, message, headers
+    ├── InvalidRequestError       400  a value that can never work; names the field
+    │   ├── MissingParameterError      a required field is absent
+    │   └── UnknownParameterError      a field that does not exist
+    ├── NotFoundError             404
+    ├── MethodNotAllowedError     405
+    ├── NotAcceptableError        406  no format that both sides know
+    ├── BodyTooLargeError         413
+    ├── MediaTypeError            415
+    ├── QueueFullError            429  with Retry-After
+    ├── ClientLeftError           499  nobody reads it; it ends the job
+    ├── InternalError             500  a fault of ours, or the device's
+    ├── NotReadyError             503  loading or warming up, with Retry-After
+    ├── ShuttingDownError         503  with Retry-After
+    ├── EngineDeadError           503  the worker has ended; only a restart helps
+    ├── JobTimeoutError           504
+    └── OutOfDeviceMemoryError    507  the same request would fail again
+
+``as_service_error`` turns what fluxcore raises into one of these. The messages
+never hold a path of this machine or a traceback.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fluxcore.errors import (
+    DeviceFaultError,
+    InvalidParamsError,
+    OutOfMemoryError,
+)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+
+class ServiceError(Exception):
+    """An error in the one shape that every answer of the service uses.
+
+    Args:
+        message: what was expected, what came, and the remedy.
+        param: the field of the request that is wrong, if one is.
+        code: a word for programs; the class's own when left out.
+        retry_after_s: when a repeated request may work, in seconds.
+        headers: further headers of the answer.
+    """
+
+    status = 500
+    type = SERVER_ERROR
+    code = "internal_error"
+    # None leaves the decision to the client; False: the same request would fail again.
+    is_retryable: bool | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.code
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+        if self.is_retryable is not None:
+            self.headers["x-should-retry"] = "true" if self.is_retryable else "false"
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The answer's JSON; all four keys are always there."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class InvalidRequestError(ServiceError):
+    """A value of the request can never work."""
+
+    status, type, code = 400, INVALID_REQUEST, "invalid_value"
+
+
+class MissingParameterError(InvalidRequestError):
+    """A required field is absent."""
+
+    code = "missing_required_parameter"
+
+
+class UnknownParameterError(InvalidRequestError):
+    """The request holds a field that does not exist."""
+
+    code = "unknown_parameter"
+
+
+class NotFoundError(ServiceError):
+    """No such address."""
+
+    status, type, code = 404, INVALID_REQUEST, "not_found"
+
+
+class MethodNotAllowedError(ServiceError):
+    """The address exists, for another method."""
+
+    status, type, code = 405, INVALID_REQUEST, "method_not_allowed"
+
+
+class NotAcceptableError(ServiceError):
+    """The client takes none of the formats that can be made."""
+
+    status, type, code = 406, INVALID_REQUEST, "not_acceptable"
+
+
+class BodyTooLargeError(ServiceError):
+    """The body is larger than the settings allow."""
+
+    status, type, code = 413, INVALID_REQUEST, "body_too_large"
+
+
+class MediaTypeError(ServiceError):
+    """The body is of a type that this address does not read."""
+
+    status, type, code = 415, INVALID_REQUEST, "unsupported_media_type"
+
+
+class QueueFullError(ServiceError):
+    """As many jobs wait as may."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class ClientLeftError(ServiceError):
+    """The client closed the connection before its job was done."""
+
+    status, type, code = 499, INVALID_REQUEST, "client_left"
+
+
+class InternalError(ServiceError):
+    """Something failed that the client can do nothing about."""
+
+
+class NotReadyError(ServiceError):
+    """The model is still being loaded or warmed up."""
+
+    status, code = 503, "loading"
+
+
+class ShuttingDownError(ServiceError):
+    """The service takes no more jobs because it is ending."""
+
+    status, code = 503, "shutting_down"
+
+
+class EngineDeadError(ServiceError):
+    """The worker thread has ended; the process must be restarted."""
+
+    status, code, is_retryable = 503, "engine_dead", False
+
+
+class JobTimeoutError(ServiceError):
+    """The job was not done in time and has been cancelled."""
+
+    status, code, is_retryable = 504, "timeout", False
+
+
+class OutOfDeviceMemoryError(ServiceError):
+    """The job did not fit into the device's memory."""
+
+    status, code, is_retryable = 507, "out_of_memory", False
+
+
+def as_service_error(error: Exception) -> ServiceError:
+    """What a client is told about ``error``; nothing of what it says unless it is for clients.
+
+    The result holds no reference to ``error``, so that no traceback keeps tensors alive.
+    """
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, InvalidParamsError):
+        return InvalidRequestError(error.message, param=error.field)
+    if isinstance(error, OutOfMemoryError):
+        return OutOfDeviceMemoryError(
+            "the job did not fit into the device's memory; "
+            "ask for a smaller size or fewer references"
+        )
+    if isinstance(error, DeviceFaultError):
+        return InternalError(
+            "the device returned a picture that is not one; try again", code="device_fault"
+        )
+    return InternalError("the job failed for a reason that is in the service's log")

@@ -1,0 +1,195 @@
+"""Wiring: settings, engine, HTTP app and server process.
+
+Owns nothing but the order in which the parts are made, started and ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app import telemetry
+from app.api.errors import install_error_handlers
+from app.api.generate import generate_routes
+from app.api.middleware import RequestContext
+from app.api.status import status_routes
+from app.engine import Engine, Loader, LoadStep, Pipeline
+from app.settings import Settings, SettingsError
+from fluxcore.version import __version__
+
+logger = logging.getLogger(__name__)
+
+LISTEN_BACKLOG = 512
+# Time for the last answers to be written once no job runs, in seconds.
+LAST_ANSWERS_S = 5
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+
+
+def pipeline_loader(model: Path, settings: Settings) -> Loader:
+    """How the engine gets its pipeline; the framework is imported on its thread."""
+
+    def load(progress: Callable[[LoadStep], None]) -> Pipeline:
+        from fluxcore import FluxPipeline
+
+        return FluxPipeline.load(
+            model,
+            device=settings.device,
+            dtype=settings.dtype,
+            progress=progress,
+            conditioning_cache_bytes=settings.conditioning_cache_bytes,
+        )
+
+    return load
+
+
+def create_engine(settings: Settings, load: Loader) -> Engine:
+    """The engine that the settings ask for; not started."""
+    return Engine(
+        load,
+        queue_limit=settings.queue_limit,
+        warm_up_sizes=settings.warm_up_sizes_px,
+        shutdown_grace_s=settings.shutdown_grace_s,
+    )
+
+
+def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """The HTTP app; starts and stops the engine with its own life."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop, settings.shutdown_grace_s)
+
+    app = FastAPI(
+        title="fluxd",
+        version=__version__,
+        lifespan=lifespan,
+        # The pages of these two load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    install_error_handlers(app)
+    app.include_router(generate_routes(engine, settings))
+    app.include_router(status_routes(engine, settings))
+    return app
+
+
+class Server(uvicorn.Server):
+    """Ends in order: refuses new jobs while it still answers, then closes.
+
+    Differs from uvicorn's, which stops listening first and dies of the signal again
+    after an orderly end: here SIGTERM ends in exit status 0.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._grace_s = grace_s
+        self.is_engine_stopped = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End at the first signal; at the second, without waiting for the running job."""
+        if self.should_exit:
+            self._engine.hurry()
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            logger.info("listening on http://%s:%d", shown, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop the engine while requests are still answered, then close."""
+        logger.info("shutting down")
+        self.is_engine_stopped = await asyncio.to_thread(self._engine.stop, self._grace_s)
+        await super().shutdown(sockets)
+
+
+def create_server(settings: Settings, engine: Engine) -> Server:
+    """The server of the app, not yet running; ``run`` takes the sockets to listen on."""
+    config = uvicorn.Config(
+        create_app(settings, engine),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+    )
+    return Server(config, engine, settings.shutdown_grace_s)
+
+
+def serve(settings: Settings, engine: Engine) -> int:
+    """Run the service until a signal ends it.
+
+    Returns:
+        The process's exit status: 0 after an orderly end.
+
+    Raises:
+        SettingsError: it cannot listen on the address.
+    """
+    if not settings.is_loopback:
+        logger.warning(
+            "listening on %s: everyone who can reach this machine's network address can use "
+            "this service; set host to 127.0.0.1 unless that is meant",
+            settings.host,
+        )
+    listener = listen(settings.host, settings.port)
+    server = create_server(settings, engine)
+
+    def end() -> None:
+        server.should_exit = True
+
+    engine.on_startup_failure = end
+    server.run(sockets=[listener])
+    if engine.has_failed:
+        return EXIT_FAILURE
+    if not server.is_engine_stopped:
+        logger.error("the device did not come back from the running job; leaving without it")
+        return EXIT_FAILURE
+    logger.info("ended")
+    return EXIT_OK
+
+
+def serve_checkpoint(settings: Settings) -> int:
+    """Load the checkpoint of the settings and serve it; see ``serve``.
+
+    Raises:
+        SettingsError: no model is set, or it cannot listen on the address.
+    """
+    if settings.model is None:
+        raise SettingsError(
+            "no model is set; give its directory with --model DIR, FLUXD_MODEL or in the settings "
+            "file ('fluxd random-checkpoint DIR' writes one to try things out)"
+        )
+    telemetry.configure_logging(settings.log_level, settings.log_format)
+    return serve(settings, create_engine(settings, pipeline_loader(settings.model, settings)))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose others with --host and --port"
+        ) from None

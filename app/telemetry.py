@@ -1,0 +1,96 @@
+"""Logging: the only module that configures it.
+
+Owns the two line formats, the request id that records carry, and the one line
+that each finished job leaves. Knows nothing of HTTP or of the pipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TextIO
+
+# Set for the length of a request, and by the worker for the length of a job.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
+# Libraries whose DEBUG and INFO lines say nothing to an operator of this service.
+_QUIET = ("asyncio", "PIL", "uvicorn")
+
+
+class RequestIdFilter(logging.Filter):
+    """Puts the current request id on every record that has none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always true: the filter only adds."""
+        if not hasattr(record, "request_id"):
+            record.request_id = request_id.get()
+        return True
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record: full UTC timestamps, or short coloured lines for people."""
+
+    def __init__(self, *, is_human: bool) -> None:
+        super().__init__()
+        self._is_human = is_human
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, followed by the traceback if the record has one."""
+        identity = getattr(record, "request_id", None)
+        # A client's text must not be able to start a line of its own.
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\n    ")
+        if self._is_human:
+            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+            level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{record.levelname:<7}\x1b[0m"
+            suffix = f" \x1b[2m[{identity}]\x1b[0m" if identity else ""
+            line = f"{clock} {level} {message}{suffix}"
+        else:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            line = (
+                f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {record.name} "
+                f"[{identity or '-'}] {message}"
+            )
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line
+
+
+def configure_logging(level: str, line_format: str = "auto", stream: TextIO | None = None) -> None:
+    """Send all records of ``level`` and above to ``stream`` (standard error when left out).
+
+    Args:
+        level: debug, info, warning or error.
+        line_format: human, plain, or auto: human when the stream is a terminal.
+    """
+    target = sys.stderr if stream is None else stream
+    is_human = line_format == "human" or (line_format == "auto" and target.isatty())
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(LineFormatter(is_human=is_human))
+    handler.addFilter(RequestIdFilter())
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def fields_line(event: str, fields: Mapping[str, object]) -> str:
+    """``event name=value name=value``, the form of every line that programs may read."""
+    return " ".join([event, *(f"{name}={_shown(value)}" for name, value in fields.items())])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value)

@@ -1,0 +1,38 @@
+"""What all kinds of tests share: two tiny checkpoints and one loaded pipeline.
+
+The checkpoints are real ones in the published layout with random weights. Tests
+must not change them: whoever breaks a file does so in a copy of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from fluxcore import FluxPipeline
+from fluxcore.weights.random_checkpoint import write_random_checkpoint
+
+# The same examples in every run, and no deadline: a busy machine is no failure.
+settings.register_profile("fluxd", deadline=None, derandomize=True)
+settings.load_profile("fluxd")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled model: 4 steps, no guidance."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model: guidance and negative prompts have an effect."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny-base"
+    return write_random_checkpoint(directory, is_distilled=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_checkpoint: Path) -> FluxPipeline:
+    """The distilled model on the CPU in float32."""
+    return FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")

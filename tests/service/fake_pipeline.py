@@ -1,0 +1,178 @@
+"""A pipeline without a model, slow or failing on demand, for tests of order and of failure.
+
+The prompt says what happens: ``fail``, ``oom``, ``fault`` and ``unpackable`` go wrong in
+that way; any other prompt draws a grey picture, slice by slice, while ``gate`` is open.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from app.engine import Loader, LoadStep
+from fluxcore.errors import (
+    CheckpointNotFoundError,
+    DeviceFaultError,
+    InvalidParamsError,
+    OutOfMemoryError,
+)
+from fluxcore.params import GenerationParams
+
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    name: str = "fake-model"
+
+
+@dataclass
+class FakeDevice:
+    released: int = 0
+
+    def describe(self) -> dict[str, str]:
+        return {"device": "fake"}
+
+    def release_memory(self) -> None:
+        self.released += 1
+
+
+@dataclass(frozen=True)
+class FakeResolved:
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+
+
+@dataclass(frozen=True)
+class FakeSlice:
+    stage: str
+    image_index: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    images: Sequence[Image.Image]
+    seeds: Sequence[int]
+    timings: dict[str, float]
+    warnings: Sequence[str]
+    params: FakeResolved
+    cache_hit: bool = False
+    prompt_tokens: int = 3
+    peak_bytes: int = 12345
+
+
+@dataclass(frozen=True)
+class FakeLoadStep:
+    component: str
+    done_bytes: int
+    total_bytes: int
+
+
+class Unpackable(Image.Image):
+    """A picture that no encoder takes."""
+
+
+@dataclass
+class FakePipeline:
+    """See the module. ``ran``, ``ended`` and ``abandoned`` hold prompts, in order."""
+
+    info: FakeModel = field(default_factory=FakeModel)
+    runtime: FakeDevice = field(default_factory=FakeDevice)
+    gate: threading.Event = field(default_factory=threading.Event)
+    started: threading.Event = field(default_factory=threading.Event)
+    ran: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
+    warmed: list[tuple[int, int]] = field(default_factory=list)
+    threads: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def close_gate(self) -> None:
+        """Let the next job start, and stop it there."""
+        self.gate.clear()
+        self.started.clear()
+
+    def warm_up(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        for done, size in enumerate(sizes):
+            if progress is not None:
+                progress(done, len(sizes))
+            self.warmed.append(size)
+
+    def prepare(self, params: GenerationParams) -> None:
+        if params.prompt == "unfit":
+            raise InvalidParamsError("references", "references do not fit this model")
+
+    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+        prompt = params.prompt
+        self.threads.add(threading.current_thread().name)
+        self.ran.append(prompt)
+        self.started.set()
+        steps = params.steps or 4
+        try:
+            for step in range(steps + 1):
+                assert self.gate.wait(WAIT_S), "a test left the gate closed"
+                yield FakeSlice("denoise", 0, step, steps)
+                _go_wrong(prompt)
+        except GeneratorExit:
+            self.abandoned.append(prompt)
+            raise
+        self.ended.append(prompt)
+        width, height = params.width or 64, params.height or 64
+        picture = Image.new("RGB", (width, height), "grey")
+        return FakeResult(
+            images=[Unpackable() if prompt == "unpackable" else picture] * params.n,
+            seeds=[(params.seed or 0) + i for i in range(params.n)],
+            timings={"text": 1.0, "denoise": 2.0, "decode": 3.0, "total": 6.0},
+            warnings=[],
+            params=FakeResolved(width, height, steps, params.guidance),
+        )
+
+
+def _go_wrong(prompt: str) -> None:
+    match prompt:
+        case "fail":
+            raise RuntimeError("a bug in /secret/path")
+        case "oom":
+            raise OutOfMemoryError("the device has too little free memory for this job")
+        case "fault":
+            raise DeviceFaultError("the device returned a picture of one constant colour")
+
+
+def loader_of(pipeline: FakePipeline) -> Loader:
+    """A loader that is done at once."""
+
+    def load(progress: Callable[[LoadStep], None]) -> FakePipeline:
+        progress(FakeLoadStep("transformer", 10, 10))
+        return pipeline
+
+    return load
+
+
+def slow_loader(pipeline: FakePipeline, gate: threading.Event) -> Loader:
+    """A loader that stands at half until the gate opens; stops when it is told to."""
+
+    def load(progress: Callable[[LoadStep], None]) -> FakePipeline:
+        while True:
+            progress(FakeLoadStep("transformer", 5, 10))
+            if gate.wait(0.01):
+                return pipeline
+
+    return load
+
+
+def failing_loader(progress: Callable[[LoadStep], None]) -> FakePipeline:
+    """A loader that finds no checkpoint."""
+    raise CheckpointNotFoundError("there is no directory missing-model; download it first")

@@ -1,0 +1,385 @@
+"""Admission, order, cancelling and failures, over real connections to a fake pipeline."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+
+import httpx2
+import pytest
+
+from app.engine.jobs import Job
+from app.engine.packing import Packing
+from app.engine.scheduler import FIRST_GUESS_S, LONGEST_WAIT_S, Scheduler
+from app.errors import QueueFullError
+from fluxcore.params import GenerationParams
+from tests.service.conftest import Live, StartLive, error_of, wait_until
+from tests.service.fake_pipeline import FakePipeline
+
+
+def blocked(start_live: StartLive, **settings: object) -> tuple[Live, FakePipeline]:
+    """A service whose first job, ``first``, runs and stands still."""
+    live = start_live(settings=settings)
+    live.pipeline.close_gate()
+    return live, live.pipeline
+
+
+def test_jobs_run_in_order_on_one_thread(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live)
+    answers = [live.generate_later("first")]
+    pipeline.started.wait()
+    for depth, prompt in enumerate(["second", "third", "fourth"], start=1):
+        answers.append(live.generate_later(prompt))
+        wait_until(lambda depth=depth: live.depth == depth)
+    pipeline.gate.set()
+    assert [later.answer().status_code for later in answers] == [200] * 4
+    assert pipeline.ended == ["first", "second", "third", "fourth"]
+    assert len(pipeline.threads) == 1
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live, queue_limit=1)
+    first = live.generate_later("first")
+    pipeline.started.wait()
+    second = live.generate_later("second")
+    wait_until(lambda: live.depth == 1)
+
+    refused = live.generate("third")
+    assert refused.status_code == 429
+    error = error_of(refused)
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert "1 jobs wait" in error["message"]
+    assert 1 <= int(refused.headers["retry-after"]) <= LONGEST_WAIT_S
+
+    pipeline.gate.set()
+    assert first.answer().status_code == second.answer().status_code == 200
+    assert live.generate("third").status_code == 200
+    assert pipeline.ended == ["first", "second", "third"]
+
+
+def test_a_full_queue_refuses_before_pictures_are_decoded(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live, queue_limit=1)
+    laters = [live.generate_later("first")]
+    pipeline.started.wait()
+    laters.append(live.generate_later("second"))
+    wait_until(lambda: live.depth == 1)
+    assert live.generate("third", images=["not a picture"]).status_code == 429
+    pipeline.gate.set()
+    assert [later.answer().status_code for later in laters] == [200, 200]
+
+
+def send_only(live: Live, prompt: str) -> socket.socket:
+    """Send a request and keep its connection in hand, without reading the answer."""
+    body = f'{{"prompt": "{prompt}"}}'.encode()
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    connection.sendall(
+        b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    return connection
+
+
+def test_a_client_that_leaves_stops_its_running_job(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live)
+    connection = send_only(live, "left")
+    pipeline.started.wait()
+    connection.close()
+    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    pipeline.gate.set()
+    wait_until(lambda: pipeline.abandoned == ["left"])
+    assert live.generate("next").status_code == 200
+    assert pipeline.ended == ["next"]
+
+
+def test_a_client_that_leaves_takes_its_waiting_job_along(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live)
+    first = live.generate_later("first")
+    pipeline.started.wait()
+    connection = send_only(live, "left")
+    wait_until(lambda: live.depth == 1)
+    connection.close()
+    wait_until(lambda: live.depth == 0)
+    pipeline.gate.set()
+    assert first.answer().status_code == 200
+    assert live.generate("next").status_code == 200
+    assert pipeline.ran == ["first", "next"]
+
+
+def test_a_client_that_leaves_while_sending_costs_nothing(start_live: StartLive) -> None:
+    live = start_live()
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    connection.sendall(
+        b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1000\r\n\r\n{"
+    )
+    connection.close()
+    assert live.generate("next").status_code == 200
+    assert live.pipeline.ran == ["next"]
+
+
+def test_a_job_that_takes_too_long_is_cancelled(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live, request_timeout_s=0.05)
+    answer = live.generate("slow")
+    assert answer.status_code == 504
+    assert error_of(answer)["code"] == "timeout"
+    assert answer.headers["x-should-retry"] == "false"
+    pipeline.gate.set()
+    wait_until(lambda: pipeline.abandoned == ["slow"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "code"),
+    [("fail", 500, "internal_error"), ("fault", 500, "device_fault"), ("oom", 507, "out_of_memory")],
+)
+def test_a_job_that_fails_is_answered_and_the_next_one_works(
+    start_live: StartLive,
+    caplog: pytest.LogCaptureFixture,
+    prompt: str,
+    status: int,
+    code: str,
+) -> None:
+    live = start_live()
+    answer = live.generate(prompt)
+    assert answer.status_code == status
+    assert error_of(answer)["code"] == code
+    assert "secret" not in answer.text and "Traceback" not in answer.text
+    assert live.generate("next").status_code == 200
+    assert live.pipeline.ended == ["next"]
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert len(tracebacks) == (1 if prompt == "fail" else 0)
+
+
+def test_out_of_memory_frees_memory_and_is_not_to_be_repeated(start_live: StartLive) -> None:
+    live = start_live()
+    assert live.generate("oom").headers["x-should-retry"] == "false"
+    assert live.pipeline.runtime.released == 1
+    assert live.generate("next").status_code == 200
+    assert live.pipeline.runtime.released == 1
+
+
+def test_a_device_fault_shows_in_health_until_a_picture_comes_out(start_live: StartLive) -> None:
+    live = start_live()
+    with live.client() as client:
+        assert client.get("/health").status_code == 200
+        live.generate("fault")
+        sick = client.get("/health")
+        assert sick.status_code == 503
+        assert sick.json()["status"] == "failed"
+        error_of(sick)
+        live.generate("next")
+        assert client.get("/health").status_code == 200
+
+
+def test_a_picture_that_cannot_be_packed_is_an_error_of_its_own(start_live: StartLive) -> None:
+    live = start_live()
+    answer = live.generate("unpackable")
+    assert answer.status_code == 500
+    assert "file" in error_of(answer)["message"]
+    assert live.generate("next").status_code == 200
+
+
+def test_what_the_model_refuses_names_the_request_field(start_live: StartLive) -> None:
+    answer = start_live().generate("unfit")
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "images"
+
+
+def test_status_answers_while_a_job_runs(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live)
+    later = live.generate_later("first")
+    pipeline.started.wait()
+    with live.client() as client:
+        health = client.get("/health").json()
+        assert (health["running"], health["queue_depth"]) == (1, 0)
+        assert client.get("/ready").status_code == 200
+    pipeline.gate.set()
+    assert later.answer().status_code == 200
+
+
+def test_many_clients_at_once_each_get_their_own_answer(start_live: StartLive) -> None:
+    live = start_live(settings={"queue_limit": 100})
+    laters = [live.generate_later(f"job {seed}", seed=seed) for seed in range(40)]
+    answers = [later.answer() for later in laters]
+    assert [answer.status_code for answer in answers] == [200] * 40
+    assert [answer.json()["images"][0]["seed"] for answer in answers] == list(range(40))
+    assert len({answer.json()["id"] for answer in answers}) == 40
+
+
+def test_ending_refuses_new_and_waiting_jobs_and_finishes_the_running_one(
+    start_live: StartLive,
+) -> None:
+    live, pipeline = blocked(start_live, shutdown_grace_s=60.0)
+    first = live.generate_later("first")
+    pipeline.started.wait()
+    second = live.generate_later("second")
+    wait_until(lambda: live.depth == 1)
+    with live.client() as client:
+        live.server.should_exit = True
+        waiting = second.answer()
+        assert waiting.status_code == 503
+        assert error_of(waiting)["code"] == "shutting_down"
+        assert int(waiting.headers["retry-after"]) == 60
+        refused = client.post("/v1/generate", json={"prompt": "third"})
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
+        ready = client.get("/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        assert client.get("/health").status_code == 200
+    pipeline.gate.set()
+    assert first.answer().status_code == 200
+    assert pipeline.ran == ["first"]
+    live.thread.join()
+    assert live.server.is_engine_stopped
+
+
+def test_a_job_that_outlives_the_grace_is_cancelled(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live, shutdown_grace_s=0.05)
+    first = live.generate_later("first")
+    pipeline.started.wait()
+    live.server.should_exit = True
+    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    pipeline.gate.set()
+    answer = first.answer()
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "shutting_down")
+    assert pipeline.abandoned == ["first"]
+
+
+def test_a_second_signal_cuts_the_grace_short(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live, shutdown_grace_s=3600.0)
+    first = live.generate_later("first")
+    pipeline.started.wait()
+    live.server.handle_exit(15, None)
+    wait_until(lambda: live.engine.status().state == "draining")
+    live.server.handle_exit(15, None)
+    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    pipeline.gate.set()
+    assert first.answer().status_code == 503
+
+
+def test_a_slice_that_never_ends_does_not_hold_up_the_end(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("app.engine.engine.LAST_SLICE_S", 0.05)
+    live, pipeline = blocked(start_live)
+    connection = send_only(live, "stuck")
+    pipeline.started.wait()
+    assert live.engine.stop() is False
+    assert live.engine.stop() is False
+    connection.close()
+    pipeline.gate.set()
+    live.engine._worker.join(60.0)
+
+
+def new_job() -> Job:
+    return Job(GenerationParams(prompt="x"), Packing(), "req")
+
+
+def retry_after_s(scheduler: Scheduler) -> float:
+    with pytest.raises(QueueFullError) as refused:
+        scheduler.admit(new_job())
+    return float(refused.value.headers["Retry-After"])
+
+
+def run_one(scheduler: Scheduler, took_s: float) -> None:
+    job = scheduler.take()
+    assert job is not None
+    job.started_s = time.monotonic() - took_s
+    scheduler.finished(job, is_measured=True)
+
+
+def test_the_wait_follows_the_measured_rate_and_those_refused_before() -> None:
+    scheduler = Scheduler(1)
+    scheduler.admit(new_job())
+    assert retry_after_s(scheduler) == FIRST_GUESS_S
+    run_one(scheduler, took_s=20.0)
+    scheduler.admit(new_job())
+    # Each client that is turned away is given a slot of its own.
+    assert [retry_after_s(scheduler) for _ in range(3)] == pytest.approx([20, 40, 60], abs=1.1)
+    for _ in range(10):
+        retry_after_s(scheduler)
+    assert retry_after_s(scheduler) == LONGEST_WAIT_S
+
+
+def test_the_wait_counts_how_far_the_running_job_has_come() -> None:
+    scheduler = Scheduler(1)
+    scheduler.admit(new_job())
+    run_one(scheduler, took_s=20.0)
+    scheduler.admit(new_job())
+    running = scheduler.take()
+    assert running is not None
+    running.start()
+    assert running.started_s is not None
+    running.started_s -= 15.0
+    scheduler.admit(new_job())
+    assert retry_after_s(scheduler) == pytest.approx(5, abs=1.1)
+
+
+def test_refused_clients_are_forgotten_as_slots_come_free() -> None:
+    scheduler = Scheduler(2)
+    for _ in range(2):
+        scheduler.admit(new_job())
+    for _ in range(5):
+        retry_after_s(scheduler)
+    run_one(scheduler, took_s=10.0)
+    run_one(scheduler, took_s=10.0)
+    for _ in range(2):
+        scheduler.admit(new_job())
+    assert retry_after_s(scheduler) == pytest.approx(10, abs=1.1)
+
+
+def test_cancelled_jobs_leave_no_trace_in_the_log_but_one_line(
+    start_live: StartLive, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    live, pipeline = blocked(start_live)
+    connection = send_only(live, "left")
+    pipeline.started.wait()
+    connection.close()
+    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    pipeline.gate.set()
+    wait_until(lambda: live.engine.is_idle)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("app.eng")]
+    assert [line for line in lines if "job" in line] == ["job failed code=client_left param=None"]
+
+
+def test_keep_alive_connections_serve_many_requests(start_live: StartLive) -> None:
+    live = start_live()
+    with live.client() as client:
+        for seed in range(5):
+            answer = client.post("/v1/generate", json={"prompt": "again", "seed": seed})
+            assert answer.json()["images"][0]["seed"] == seed
+
+
+def test_a_body_that_is_too_large_is_answered_not_cut_off(start_live: StartLive) -> None:
+    live = start_live(settings={"max_body_bytes": 100_000})
+
+    def chunks() -> object:
+        for _ in range(40):
+            yield b"x" * 10_000
+
+    json_type = {"Content-Type": "application/json"}
+    with live.client() as client:
+        announced = client.post("/v1/generate", content=b"x" * 400_000, headers=json_type)
+        streamed = client.post("/v1/generate", content=chunks(), headers=json_type)
+    for answer in (announced, streamed):
+        assert answer.status_code == 413
+        assert error_of(answer)["code"] == "body_too_large"
+        assert "100000 bytes" in error_of(answer)["message"]
+    assert live.generate("next").status_code == 200
+
+
+def test_a_client_that_asks_first_is_refused_before_it_sends(start_live: StartLive) -> None:
+    live = start_live(settings={"max_body_bytes": 100_000})
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(
+            b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 400000\r\nExpect: 100-continue\r\n\r\n"
+        )
+        connection.settimeout(30)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_unknown_addresses_keep_the_shape_over_a_real_connection(start_live: StartLive) -> None:
+    live = start_live()
+    answer = httpx2.get(f"{live.url}/v1/nothing")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
