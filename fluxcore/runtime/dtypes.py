@@ -66,7 +66,7 @@ def _best_dtype(kind: str, chip: str) -> str:
     if kind == "mps":
         # M1 and M2 emulate bfloat16 at half the speed of float16 (pytorch/pytorch#141864).
         return "float16" if re.search(r"\bM[12]\b", chip) else "bfloat16"
-    # Builds without oneDNN, those for Apple silicon among them, do not have the operator.
+    # A build of PyTorch without oneDNN does not have the operator.
     onednn = torch.backends.mkldnn.is_available()
     native = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if native else "float32"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fluxcore import FluxPipeline
 from tests.mps.audit import Audit
 from tests.mps.pipelines import Slice, everything, pipeline_on, run_audited
 
@@ -70,3 +71,10 @@ def audited(
     return AuditedRun(
         request.param, audit, first.picture, first.slices, counts, second.slices
     )
+
+
+@pytest.fixture(scope="package")
+def small_pipeline(tiny_base_checkpoint: Path) -> FluxPipeline:
+    """A loaded pipeline in bfloat16, to be used under an ``Audit`` that computes."""
+    with Audit():
+        return pipeline_on(tiny_base_checkpoint, "bfloat16")

@@ -33,7 +33,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def test_settings(**given: Any) -> Settings:
+def settings_for_tests(**given: Any) -> Settings:
     """Settings for tests: no warm-up, no waiting at the end."""
     return Settings(**{"warm_up_sizes": (), "shutdown_grace_s": 0.0, **given})
 
@@ -115,7 +115,7 @@ def start() -> Iterator[Start]:
 
         def begin(pipeline: Pipeline | None = None, **given: Any) -> TestClient:
             ready = FakePipeline() if pipeline is None else pipeline
-            settings = test_settings(**given)
+            settings = settings_for_tests(**given)
             engine = create_engine(settings, lambda progress: ready)
             client = stack.enter_context(TestClient(create_app(settings, engine)))
             wait_until(lambda: engine.status().is_ready)
@@ -137,7 +137,7 @@ def start_live() -> Iterator[StartLive]:
             until_ready: bool = True,
         ) -> Live:
             fake = pipeline or FakePipeline()
-            made = test_settings(**(settings or {}))
+            made = settings_for_tests(**(settings or {}))
             engine = create_engine(made, load or loader_of(fake))
             listener = listen("127.0.0.1", 0)
             port = listener.getsockname()[1]

@@ -130,7 +130,11 @@ def test_a_job_that_takes_too_long_is_cancelled(start_live: StartLive) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "status", "code"),
-    [("fail", 500, "internal_error"), ("fault", 500, "device_fault"), ("oom", 507, "out_of_memory")],
+    [
+        ("fail", 500, "internal_error"),
+        ("fault", 500, "device_fault"),
+        ("oom", 507, "out_of_memory"),
+    ],
 )
 def test_a_job_that_fails_is_answered_and_the_next_one_works(
     start_live: StartLive,

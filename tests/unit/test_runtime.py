@@ -117,7 +117,7 @@ def test_cuda_takes_bfloat16_where_it_is_native(machine: Any) -> None:
 
 
 def test_a_cpu_without_bfloat16_kernels_gets_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on builds of PyTorch that lack oneDNN, those for Apple silicon among them."""
+    """As where PyTorch is built without oneDNN, whose operator tells."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert choose_dtypes("cpu", "auto", "").weights == torch.float32

@@ -1,0 +1,194 @@
+"""/health, /ready and /, from start to end of a service."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from fastapi import Query
+from starlette.testclient import TestClient
+
+from app.engine import Engine
+from app.main import create_app, create_engine, serve
+from fluxcore.version import __version__
+from tests.service.conftest import Start, StartLive, error_of, settings_for_tests, wait_until
+from tests.service.fake_pipeline import FakePipeline, failing_loader, loader_of, slow_loader
+
+
+def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive) -> None:
+    gate, pipeline = threading.Event(), FakePipeline()
+    live = start_live(pipeline, slow_loader(pipeline, gate), until_ready=False)
+    wait_until(lambda: live.engine.status().startup.stage == "transformer")
+    with live.client() as client:
+        not_yet = client.get("/ready")
+        assert not_yet.status_code == 503
+        assert error_of(not_yet)["code"] == "loading"
+        assert int(not_yet.headers["retry-after"]) >= 1
+        body = not_yet.json()
+        assert (body["status"], body["stage"], body["progress"]) == ("loading", "transformer", 0.5)
+
+        health = client.get("/health")
+        assert (health.status_code, health.json()["model"]) == (200, None)
+
+        refused = client.post("/v1/generate", json={"prompt": "too early"})
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "loading")
+        assert int(refused.headers["retry-after"]) >= 1
+
+        gate.set()
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        assert client.get("/ready").json()["status"] == "ready"
+    assert live.generate("now").status_code == 200
+    assert pipeline.ran == ["now"]
+
+
+def test_ending_while_loading_stops_the_load(start_live: StartLive) -> None:
+    pipeline = FakePipeline()
+    live = start_live(pipeline, slow_loader(pipeline, threading.Event()), until_ready=False)
+    live.server.should_exit = True
+    live.thread.join(60.0)
+    assert live.engine.status().state == "stopped"
+    assert live.server.is_engine_stopped
+    assert not live.engine.has_failed
+
+
+def test_the_configured_sizes_are_drawn_before_ready(start: Start) -> None:
+    pipeline = FakePipeline()
+    start(pipeline, warm_up_sizes=("64x64", "128x64"))
+    assert pipeline.warmed == [(64, 64), (128, 64)]
+
+
+def test_health_tells_what_runs_where(start: Start) -> None:
+    health = start().get("/health").json()
+    assert health["status"] == "ok"
+    assert health["state"] == "ready"
+    assert health["model"] == "fake-model"
+    assert health["device"] == {"device": "fake"}
+    assert health["version"] == __version__
+    assert health["uptime_s"] >= 0
+    assert (health["queue_depth"], health["running"]) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_fails_when_the_worker_has_died(start: Start) -> None:
+    class Deadly(FakePipeline):
+        def run(self, params: object) -> object:
+            raise SystemExit
+
+    client = start(Deadly())
+    answer = client.post("/v1/generate", json={"prompt": "x"})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_dead")
+    wait_until(lambda: client.get("/health").status_code == 503)
+    assert client.get("/health").json()["state"] == "failed"
+    ready = client.get("/ready")
+    assert (ready.status_code, error_of(ready)["code"]) == (503, "engine_dead")
+    later = client.post("/v1/generate", json={"prompt": "x"})
+    assert (later.status_code, error_of(later)["code"]) == (503, "engine_dead")
+    assert later.headers["x-should-retry"] == "false"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_for_tests(port=0)
+    assert serve(settings, create_engine(settings, failing_loader)) == 1
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage() for record in errors] == [
+        "loading failed: there is no directory missing-model; download it first"
+    ]
+    assert not errors[0].exc_info
+
+
+def test_a_warm_up_that_fails_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    class Cold(FakePipeline):
+        def warm_up(self, sizes: object, progress: object = None) -> None:
+            raise ValueError("no kernel")
+
+    settings = settings_for_tests(port=0)
+    assert serve(settings, create_engine(settings, loader_of(Cold()))) == 1
+    (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert error.getMessage() == "warming up failed"
+    assert error.exc_info
+
+
+@pytest.mark.parametrize(
+    ("host", "is_warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)]
+)
+def test_an_open_address_is_warned_of(
+    caplog: pytest.LogCaptureFixture, host: str, is_warned: bool
+) -> None:
+    settings = settings_for_tests(host=host, port=0)
+    serve(settings, create_engine(settings, failing_loader))
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert any("everyone who can reach" in w.getMessage() for w in warnings) is is_warned
+
+
+def test_the_index_lists_the_routes_that_there_are(start: Start) -> None:
+    client = start()
+    listed = set(client.get("/").json()["routes"])
+    served = {
+        f"{method.upper()} {path}"
+        for path, methods in client.get("/openapi.json").json()["paths"].items()
+        for method in methods
+    }
+    assert listed == (served - {"GET /"}) | {"GET /openapi.json"}
+
+
+def test_every_answer_has_a_request_id(start: Start) -> None:
+    client = start()
+    first, second = (client.get("/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+    for path in ("/health", "/nothing"):
+        answer = client.get(path, headers={"x-request-id": "my-id.7"})
+        assert answer.headers["x-request-id"] == "my-id.7"
+    answer = client.post("/v1/generate", json={"prompt": "x"}, headers={"x-request-id": "my-id.8"})
+    assert answer.json()["id"] == answer.headers["x-request-id"] == "my-id.8"
+
+
+@pytest.mark.parametrize("sent", ["", "with space", "x" * 129, "-dash", "caf\xe9", "a;b"])
+def test_a_strange_request_id_is_replaced(start: Start, sent: str) -> None:
+    answer = start().get("/health", headers={"x-request-id": sent.encode("latin-1")})
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/health/", 404, "not_found"),
+        ("GET", "/v1/generate", 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+        ("GET", "/docs", 404, "not_found"),
+    ],
+)
+def test_wrong_addresses_and_methods_have_the_one_shape(
+    start: Start, method: str, path: str, status: int, code: str
+) -> None:
+    answer = start().request(method, path)
+    assert answer.status_code == status
+    assert error_of(answer)["code"] == code
+    if status == 405:
+        assert answer.headers["allow"] in error_of(answer)["message"]
+
+
+def test_a_bug_in_a_route_is_answered_without_its_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipeline = FakePipeline()
+    settings = settings_for_tests()
+    app = create_app(settings, Engine(loader_of(pipeline), queue_limit=1))
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("in /secret/path")
+
+    @app.get("/counted")
+    async def counted(count: int = Query(ge=1)) -> None: ...
+
+    with TestClient(app) as client:
+        answer = client.get("/broken")
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+        assert "secret" not in answer.text
+        assert any(record.exc_info for record in caplog.records)
+        # What the framework itself validates has the same shape.
+        answer = client.get("/counted?count=0")
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "count")
+        answer = client.get("/counted")
+        assert error_of(answer)["code"] == "missing_required_parameter"

@@ -1,0 +1,123 @@
+"""Log lines: their two forms, the request id, the line per job, and what they never hold."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from app import telemetry
+from app.telemetry import configure_logging
+from tests.service.conftest import Start, StartLive
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Put the root logger back as the test runner had it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def logged(line_format: str, stream: io.StringIO, message: str = "hello") -> str:
+    configure_logging("info", line_format, stream)
+    logging.getLogger("app.test").info(message)
+    return stream.getvalue()
+
+
+PLAIN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO app\.test \[-\] hello\n"
+HUMAN = r"\d\d:\d\d:\d\d \x1b\[32mINFO   \x1b\[0m hello\n"
+
+
+@pytest.mark.parametrize(
+    ("line_format", "stream", "pattern"),
+    [
+        ("plain", Terminal(), PLAIN),
+        ("human", io.StringIO(), HUMAN),
+        ("auto", io.StringIO(), PLAIN),
+        ("auto", Terminal(), HUMAN),
+    ],
+)
+def test_lines_are_human_on_a_terminal_and_plain_elsewhere(
+    line_format: str, stream: io.StringIO, pattern: str
+) -> None:
+    assert re.fullmatch(pattern, logged(line_format, stream))
+
+
+def test_the_request_id_is_on_the_line() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "plain", stream)
+    token = telemetry.request_id.set("req_7")
+    logging.getLogger("app.test").info("inside")
+    telemetry.request_id.reset(token)
+    logging.getLogger("app.test").info("outside")
+    inside, outside = stream.getvalue().splitlines()
+    assert "[req_7] inside" in inside and "[-] outside" in outside
+
+
+def test_a_message_cannot_forge_a_line() -> None:
+    text = logged("plain", io.StringIO(), "x\n2026-01-01T00:00:00.000Z INFO forged\rforged")
+    assert text.count("\n") == 2
+    assert text.splitlines()[1].startswith("    2026")
+    assert "\r" not in text
+
+
+def test_the_level_is_kept_and_tracebacks_follow() -> None:
+    stream = io.StringIO()
+    configure_logging("warning", "plain", stream)
+    logging.getLogger("app.test").info("too low")
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        logging.getLogger("app.test").exception("failed")
+    assert "too low" not in stream.getvalue()
+    assert "Traceback" in stream.getvalue() and "ValueError: boom" in stream.getvalue()
+
+
+def test_configuring_again_replaces_the_handler() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    configure_logging("info", "plain", first)
+    logged("plain", second)
+    assert first.getvalue() == "" and second.getvalue().count("hello") == 1
+
+
+def test_each_job_leaves_one_info_line_without_its_prompt(start_live: StartLive) -> None:
+    stream = io.StringIO()
+    live = start_live()
+    configure_logging("info", "plain", stream)
+    live.generate("a secret fox", negative_prompt="a secret crow", seed=7, steps=3, width=128)
+    live.generate("a secret fox", steps=0)
+    live.generate("fail")
+    text = stream.getvalue()
+    (line,) = [line for line in text.splitlines() if "job done" in line]
+    assert "secret" not in text and "crow" not in text
+    for part in ("INFO", "size=128x512", "n=1", "steps=3", "seed=7", "cache_hit=no", "[req_"):
+        assert part in line
+    for stage in ("queue", "text", "denoise", "decode", "pack", "total"):
+        assert re.search(rf" {stage}_ms=\d+\.\d", line)
+    assert "peak_bytes=12345" in line
+    assert "job failed code=internal_error" in text
+
+
+def test_prompts_are_logged_at_debug(start: Start) -> None:
+    stream = io.StringIO()
+    client = start()
+    configure_logging("debug", "plain", stream)
+    client.post("/v1/generate", json={"prompt": "a fox"}, headers={"x-request-id": "mine"})
+    (line,) = [line for line in stream.getvalue().splitlines() if "prompt: a fox" in line]
+    assert "DEBUG" in line and "[mine]" in line
+    assert "POST /v1/generate -> 200" in stream.getvalue()
