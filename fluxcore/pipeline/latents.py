@@ -90,5 +90,9 @@ class RopeTables:
             self._tables.popitem(last=False)
         return self._tables[key]
 
+    def clear(self) -> None:
+        """Forget all tables; they are made again when needed."""
+        self._tables.clear()
+
     def __len__(self) -> int:
         return len(self._tables)

@@ -241,11 +241,12 @@ class FluxPipeline:
 
         with times.stage("text"):
             conditioning, negative = self.encode_text(job)
-        if conditioning.truncated_tokens:
-            job.warnings.append(
-                f"the prompt is too long: its last {conditioning.truncated_tokens} tokens "
-                "were not used"
-            )
+        for name, encoded_text in (("prompt", conditioning), ("negative_prompt", negative)):
+            if encoded_text is not None and encoded_text.truncated_tokens:
+                job.warnings.append(
+                    f"the {name} is too long: its last {encoded_text.truncated_tokens} tokens "
+                    "were not used"
+                )
         yield Progress("text", 0, 0, steps)
 
         references = NO_REFERENCES
@@ -314,12 +315,27 @@ class FluxPipeline:
                 with times.stage("decode"):
                     picture = self.decode(latents, params.width, params.height)
             except DeviceFaultError:
+                # The fault may lie in what was kept for reuse: none of that may reach
+                # the next try, nor the next job.
+                self.conditioning_cache.clear()
+                self.rope_tables.clear()
                 if attempt == ATTEMPTS:
                     raise
+                encoded = self._encode(job, times)
                 continue
             yield Progress("decode", index, params.steps, params.steps)
             return picture
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _encode(self, job: PreparedJob, times: StageTimes) -> EncodedJob:
+        """Prompt and references once more, in one go."""
+        with times.stage("text"):
+            positive, negative = self.encode_text(job)
+        references = NO_REFERENCES
+        if job.request.references:
+            with times.stage("references"):
+                references = self.encode_references(job)
+        return EncodedJob(positive, negative, references)
 
     def _denoise_inputs(
         self, job: PreparedJob, image_index: int, encoded: EncodedJob

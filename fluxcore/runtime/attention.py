@@ -15,7 +15,10 @@ CHUNK_ROWS = 2048
 
 
 def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """For MPS: its fast kernel wants contiguous q, k and v."""
+    """For MPS: its fast kernel wants contiguous q, k and v, with as many heads each."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return plain_attention(q.contiguous(), k.contiguous(), v.contiguous(), mask)
 
 
