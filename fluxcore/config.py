@@ -160,7 +160,7 @@ class ConfigFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise CheckpointNotFoundError(
                 f"{path} is missing; the checkpoint is incomplete, download it again"
@@ -215,10 +215,14 @@ class ConfigFile:
             )
         return tuple(values)
 
-    def expect(self, name: str, *allowed: object) -> None:
-        """Require one of the values that this code implements; an absent field passes."""
-        value = self.values.get(name)
-        if value is not None and value not in allowed:
+    def expect(self, name: str, *allowed: object, default: object = None) -> None:
+        """Require one of the values that this code implements.
+
+        Args:
+            default: what an absent field means to the reference; None lets it pass.
+        """
+        value = self.values.get(name, default)
+        if value is not None and not any(_same(value, a) for a in allowed):
             expected = " or ".join(repr(a) for a in allowed)
             raise CheckpointConfigError(
                 f"{self.path}: {name!r} must be {expected} for a FLUX.2 [klein] model; "
@@ -226,10 +230,16 @@ class ConfigFile:
             )
 
 
+def _same(value: object, allowed: object) -> bool:
+    """Equal, and both or neither a bool: in Python, True == 1."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
 def _read_transformer(file: ConfigFile) -> TransformerConfig:
     file.expect("_class_name", "Flux2Transformer2DModel")
     file.expect("patch_size", 1)
-    file.expect("guidance_embeds", False)
+    file.expect("guidance_embeds", False, default=True)
+    file.expect("quantization_config", None)
     in_channels = file.positive("in_channels", 128)
     config = TransformerConfig(
         in_channels=in_channels,
@@ -268,6 +278,11 @@ def _read_qwen3(file: ConfigFile) -> Qwen3Config:
     file.expect("hidden_act", "silu")
     file.expect("attention_bias", False)
     file.expect("use_sliding_window", False)
+    file.expect("quantization_config", None)
+    if set(file.get("layer_types", list, [])) - {"full_attention"}:
+        raise CheckpointConfigError(
+            f"{file.path}: 'layer_types' must all be 'full_attention' for a FLUX.2 [klein] model"
+        )
     width = file.positive("hidden_size")
     heads = file.positive("num_attention_heads")
     config = Qwen3Config(
@@ -296,13 +311,16 @@ def _read_qwen3(file: ConfigFile) -> Qwen3Config:
 
 def _qwen3_rope_theta(file: ConfigFile) -> float:
     """transformers 5 writes ``rope_parameters``, version 4 ``rope_theta`` and ``rope_scaling``."""
-    file.expect("rope_scaling", None)
     parameters = file.get("rope_parameters", dict, {})
-    if parameters.get("rope_type", "default") != "default":
-        raise CheckpointConfigError(
-            f"{file.path}: 'rope_parameters' must be of rope_type 'default'; got {parameters!r}"
-        )
-    theta = parameters.get("rope_theta", file.values.get("rope_theta"))
+    for name in ("rope_parameters", "rope_scaling"):
+        given = file.get(name, dict, {})
+        plain = given.get("rope_type", "default") == "default"
+        if not plain or given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointConfigError(
+                f"{file.path}: {name!r} must be of rope_type 'default', over whole heads; "
+                f"got {given!r}"
+            )
+    theta = parameters.get("rope_theta") or file.values.get("rope_theta")
     if (
         not isinstance(theta, (int, float))
         or isinstance(theta, bool)
@@ -351,7 +369,7 @@ def _read_vae(file: ConfigFile) -> VaeConfig:
 def _check_scheduler(file: ConfigFile) -> None:
     """Only the schedule that all published klein models use is implemented."""
     file.expect("_class_name", "FlowMatchEulerDiscreteScheduler")
-    file.expect("use_dynamic_shifting", True)
+    file.expect("use_dynamic_shifting", True, default=False)
     file.expect("time_shift_type", "exponential")
     file.expect("num_train_timesteps", 1000)
     for name in (

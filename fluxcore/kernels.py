@@ -1,4 +1,4 @@
-"""What a device may do differently, as functions that are handed to the networks.
+"""What a device or a dtype does differently, as functions that the networks use.
 
 Owns the signatures and the plain form of each, which is the reference for all
 others; which form a device gets is decided in ``fluxcore.runtime``.
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+SCALED_LARGEST = 32.0
+"""Rows of a float16 projection are scaled down to this; a matrix of 10**4 columns then stays
+below 65504 unless its weights average above 0.2."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> out; q and out [B, H, L, K], k and v [B, H or fewer, L, K].
@@ -38,6 +42,29 @@ class Kernels:
 
     def residual(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else x.to(self.residual_dtype)
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value; for float16 in float32, because the product passes float16's range."""
+    if gate.dtype != torch.float16:
+        return F.silu(gate) * value
+    return F.silu(gate.float()) * value.float()
+
+
+def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """A projection onto the residual stream, whose values may pass 65504.
+
+    With float16 weights, each row is scaled down by a power of two before and up, in
+    float32, after, so that neither what goes in nor what comes out leaves float16's range.
+
+    Shapes: x [..., N] -> [..., M], float32 if the weights are float16.
+    """
+    if linear.weight.dtype != torch.float16:
+        return linear(x)  # type: ignore[no-any-return]
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SCALED_LARGEST)  # [..., 1]
+    scale = (largest / SCALED_LARGEST).log2().ceil().exp2()  # [..., 1], at least 1
+    return linear((x / scale).half()).float() * scale  # type: ignore[no-any-return]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

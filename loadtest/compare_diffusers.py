@@ -73,7 +73,7 @@ def run_fluxd(args: argparse.Namespace) -> dict[str, Any]:
     report = _start_report(started, imported, loaded)
     for size in args.sizes:
         params = GenerationParams(
-            prompt=PROMPT, width=size, height=size, steps=args.steps, seed=SEED
+            prompt=PROMPT, width=size, height=size, steps=args.steps, guidance=1.0, seed=SEED
         )
         kept: dict[str, Any] = {}
 
@@ -112,6 +112,8 @@ def run_diffusers(args: argparse.Namespace) -> dict[str, Any]:
             value = work()
         if on_cuda:
             torch.cuda.synchronize()
+        elif args.device == "mps":
+            torch.mps.synchronize()
         times[stage] = (time.perf_counter() - begun) * 1000
         return value
 
@@ -148,7 +150,11 @@ def run_diffusers(args: argparse.Namespace) -> dict[str, Any]:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         report["sizes"][size] = _time_runs(draw, args.runs)
-        peak = torch.cuda.max_memory_allocated() if on_cuda else _host_peak_bytes()
+        peak = _host_peak_bytes()
+        if on_cuda:
+            peak = torch.cuda.max_memory_allocated()
+        elif args.device == "mps":
+            peak = torch.mps.driver_allocated_memory()
         report["sizes"][size]["device_peak_gb"] = peak / 1e9
         tokens = _normalised_tokens(pipe, kept["latents"])
         _save(args.keep / f"diffusers-{size}.npz", kept["embeddings"], tokens, kept["picture"])
@@ -238,6 +244,7 @@ def _print_table(reports: dict[str, Any], distances: dict[int, dict[str, float]]
         row(f"{size}: first picture, ms", "sizes", str(size), "first_ms")
         for stage in ("text", "denoise", "decode", "total"):
             row(f"{size}: {stage}, ms", "sizes", str(size), "median_ms", stage)
+        row(f"{size}: device peak, GB", "sizes", str(size), "device_peak_gb")
         for name, value in distance.items():
             print(f"  {size}: {name} {value:.4g}")
 

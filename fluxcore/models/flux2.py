@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import TransformerConfig
-from fluxcore.kernels import Kernels
+from fluxcore.kernels import Kernels, swiglu, wide_linear
 from fluxcore.models.rope import Rope, rotate_pairs
 
 FLOAT16_LARGEST = 65504.0
@@ -63,12 +63,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=eps).to(scale.dtype) + shift
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """silu(first half) * second half. Shapes: [..., 2 N] -> [..., N]."""
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
 class QKNorm(nn.Module):
     """RMS norm of queries and keys, each over one head.
 
@@ -108,9 +102,9 @@ class Stream(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """Add the attention's output and the MLP. Shapes: x, attended [B, L, D] -> [B, L, D]."""
-        x = x + mod[2] * self.out(attended)
-        hidden = swiglu(self.mlp_in(modulate(x, mod[3], mod[4], self.eps)))
-        return x + mod[5] * self.mlp_out(hidden)  # type: ignore[no-any-return]
+        x = x + mod[2] * wide_linear(attended, self.out)
+        gate, value = self.mlp_in(modulate(x, mod[3], mod[4], self.eps)).chunk(2, dim=-1)
+        return x + mod[5] * wide_linear(swiglu(gate, value), self.mlp_out)
 
 
 class DoubleBlock(nn.Module):
@@ -160,7 +154,8 @@ class SingleBlock(nn.Module):
         q, k, v = self.qk_norm(qkv)  # [B, H, L, K]
         attended = self.attention(rotate_pairs(q, pe), rotate_pairs(k, pe), v, None)
         attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
-        x = x + gate * self.out(torch.cat((attended, swiglu(mlp)), dim=-1))
+        hidden = swiglu(*mlp.chunk(2, dim=-1))
+        x = x + gate * wide_linear(torch.cat((attended.to(hidden.dtype), hidden), dim=-1), self.out)
         return _within_float16(x)
 
 
@@ -205,7 +200,7 @@ class Flux2Transformer(nn.Module):
         self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope, out_tokens: int
     ) -> Tensor:
         img = self.kernels.residual(self.img_in(img))  # [B, L_img, D]
-        txt = self.kernels.residual(self.txt_in(txt))  # [B, L_txt, D]
+        txt = self.kernels.residual(wide_linear(txt, self.txt_in))  # [B, L_txt, D]
         for block in self.double_blocks:
             img, txt = block(img, txt, mod, pe)
         x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
-from fluxcore.kernels import Kernels
+from fluxcore.kernels import Kernels, swiglu, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
 
 
@@ -60,7 +60,7 @@ class Qwen3Attention(nn.Module):
         q = rotate_halves(self.q_norm(q).transpose(1, 2), rope)  # [B, heads, L, K]
         k = rotate_halves(self.k_norm(k).transpose(1, 2), rope)  # [B, kv, L, K]
         out = self.attention(q, k, v.transpose(1, 2), mask)  # [B, heads, L, K]
-        return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return wide_linear(out.transpose(1, 2).flatten(2), self.out)
 
 
 class Qwen3Layer(nn.Module):
@@ -81,13 +81,14 @@ class Qwen3Layer(nn.Module):
         dtype = self.down.weight.dtype
         x = x + self.attention(self.attention_norm(x).to(dtype), rope, mask)
         gate, up = self.gate_up(self.mlp_norm(x).to(dtype)).chunk(2, dim=-1)  # [B, L, mlp]
-        return x + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return x + wide_linear(swiglu(gate, up), self.down)
 
 
 class Qwen3Encoder(nn.Module):
     """Token ids to conditioning.
 
-    Shapes: ids [B, L] int64, token_count [B] int64 -> [B, L, 3 D] in the weights' dtype.
+    Shapes: ids [B, L] int64, token_count [B] int64 -> [B, L, 3 D] in the dtype of the
+    residual stream.
     """
 
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
@@ -104,14 +105,14 @@ class Qwen3Encoder(nn.Module):
         x = self.embedding(ids)  # [B, L, D]
         rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
         mask = causal_mask(length, token_count)  # [B, 1, L, L]
-        dtype, states = x.dtype, []
+        states = []
         x = self.kernels.residual(x)
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, rope, mask)
             if number in CONDITIONING_LAYERS:
-                states.append(x.to(dtype))
+                states.append(x)
         if self.final_norm is not None:
-            states[-1] = self.final_norm(x).to(dtype)
+            states[-1] = self.final_norm(x)
         return torch.cat(states, dim=-1)  # [B, L, 3 D]
 
 

@@ -13,7 +13,7 @@ class Conditioning:
     """What the transformer is told about one prompt.
 
     Attributes:
-        embeddings: [1, 512, 3 D] in the weights' dtype, on the device.
+        embeddings: [1, 512, 3 D] in the encoder's residual dtype, on the device.
         token_count: tokens of the prompt with its template, at most 512.
         truncated_tokens: tokens that did not fit and were cut.
         cache_hit: whether the encoder was spared.

@@ -134,7 +134,7 @@ class FluxPipeline:
         sizes: Sequence[tuple[int, int]] = ((256, 256),),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Draw one picture of each (width, height), so that first jobs are not slow.
+        """Draw one picture of one step of each (width, height), so that first jobs are not slow.
 
         Args:
             progress: called with (sizes done, sizes wanted).
@@ -142,7 +142,9 @@ class FluxPipeline:
         for done, (width, height) in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))
-            self.generate(GenerationParams(prompt="warm up", width=width, height=height, seed=0))
+            self.generate(
+                GenerationParams(prompt="warm up", width=width, height=height, steps=1, seed=0)
+            )
         if progress is not None:
             progress(len(sizes), len(sizes))
 

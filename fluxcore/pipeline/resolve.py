@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluxcore.errors import InvalidParamsError
-from fluxcore.params import DEFAULT_SIDE_PX, SIZE_MULTIPLE, GenerationParams, check_side
+from fluxcore.params import DEFAULT_SIDE_PX, MAX_SIDE_PX, SIZE_MULTIPLE, GenerationParams
 from fluxcore.pipeline.pictures import fitted_size
 from fluxcore.pipeline.result import ModelInfo, PreparedJob, ResolvedParams
 from fluxcore.pipeline.schedule import sigmas
@@ -49,10 +49,13 @@ def _size(request: GenerationParams) -> tuple[int, int]:
     width, height = DEFAULT_SIDE_PX, DEFAULT_SIDE_PX
     if request.references:
         width, height = fitted_size(request.references[0])
-        if request.width is None:
-            check_side("width", width)
-        if request.height is None:
-            check_side("height", height)
+        if max(request.width or width, request.height or height) > MAX_SIDE_PX:
+            remedy = "" if request.mask is not None else ", or give width and height"
+            raise InvalidParamsError(
+                "references",
+                f"reference 1 fitted to the model gives {width}x{height}, and a side has at most "
+                f"{MAX_SIDE_PX} pixels; crop it to at most 4:1{remedy}",
+            )
     return request.width or width, request.height or height
 
 

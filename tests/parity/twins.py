@@ -99,7 +99,7 @@ class Twins:
             image = pipe(
                 prompt=params.prompt,
                 num_inference_steps=params.steps,
-                guidance_scale=1.0 if params.guidance is None else params.guidance,
+                guidance_scale=4.0 if params.guidance is None else params.guidance,
                 generator=torch.Generator("cpu").manual_seed(params.seed or 0),
                 callback_on_step_end=keep,
                 **words,
