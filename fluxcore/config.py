@@ -314,7 +314,7 @@ def _qwen3_rope_theta(file: ConfigFile) -> float:
     parameters = file.get("rope_parameters", dict, {})
     for name in ("rope_parameters", "rope_scaling"):
         given = file.get(name, dict, {})
-        plain = given.get("rope_type", "default") == "default"
+        plain = given.get("rope_type", given.get("type", "default")) == "default"
         if not plain or given.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointConfigError(
                 f"{file.path}: {name!r} must be of rope_type 'default', over whole heads; "

@@ -101,9 +101,10 @@ class GenerationParams:
         self._check_references()
 
     def _check_references(self) -> None:
-        for name, pictures in (("references", self.references), ("mask", (self.mask,))):
+        masks = () if self.mask is None else (self.mask,)
+        for name, pictures in (("references", self.references), ("mask", masks)):
             if not isinstance(pictures, (tuple, list)) or not all(
-                picture is None or hasattr(picture, "convert") for picture in pictures
+                hasattr(picture, "convert") for picture in pictures
             ):
                 raise InvalidParamsError(name, f"{name} must be given as PIL images")
         if len(self.references) > MAX_REFERENCES:
