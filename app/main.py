@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -163,7 +164,9 @@ def serve(settings: Settings, engine: Engine) -> int:
         return EXIT_FAILURE
     if not server.is_engine_stopped:
         logger.error("the device did not come back from the running job; leaving without it")
-        return EXIT_FAILURE
+        # The interpreter's own end would abort under a thread that is still in native code.
+        logging.shutdown()
+        os._exit(EXIT_FAILURE)
     logger.info("ended")
     return EXIT_OK
 

@@ -190,6 +190,9 @@ class Engine:
         if running is not None:
             running.cancel(self._shutting_down())
         self._has_ended = self._worker.join(LAST_SLICE_S)
+        if running is not None:
+            # Answered by the worker, unless that is stuck in its slice.
+            self._failed(running, self._shutting_down())
         self._packers.close()
         return self._has_ended
 

@@ -45,8 +45,9 @@ def test_the_settings_table_is_the_settings() -> None:
 
 
 def test_the_table_of_fields_is_the_request() -> None:
-    names = [name for row in _rows("### `POST /v1/generate`")
-             for name in re.findall(r"`(\w+)`", row[0])]
+    names = [
+        name for row in _rows("### `POST /v1/generate`") for name in re.findall(r"`(\w+)`", row[0])
+    ]
     assert sorted(names) == sorted(GenerateRequest.model_fields)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -279,6 +280,7 @@ def _needs_values(call: Call) -> bool:
     return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
 
+@cache
 def _is_view(func: Any) -> bool:
     """Whether the results share memory with an argument and nothing is written."""
     aliases = [result.alias_info for result in func._schema.returns]

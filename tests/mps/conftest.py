@@ -31,11 +31,13 @@ class AuditedRun(NamedTuple):
 
     Attributes:
         dtype: the policy: ``float16`` (M1 and M2) or ``bfloat16``.
+        pipe: for more work under an ``Audit`` that computes.
         waits: after each slice of the first picture, how often the host had waited.
         second: the slices of another prompt and seed, on the same pipeline.
     """
 
     dtype: str
+    pipe: FluxPipeline
     audit: Audit
     picture: Image.Image
     slices: list[Slice]
@@ -56,20 +58,16 @@ def waits() -> Iterator[Waits]:
 
 
 @pytest.fixture(scope="package", params=["float16", "bfloat16"])
-def audited(
-    request: pytest.FixtureRequest, tiny_base_checkpoint: Path, waits: Waits
-) -> AuditedRun:
+def audited(request: pytest.FixtureRequest, tiny_base_checkpoint: Path, waits: Waits) -> AuditedRun:
     counts: list[int] = []
     with Audit() as audit:
         pipe = pipeline_on(tiny_base_checkpoint, request.param)
         audit.finish("load")
         before = waits.count
-        first = run_audited(
-            pipe, everything(), audit, lambda: counts.append(waits.count - before)
-        )
+        first = run_audited(pipe, everything(), audit, lambda: counts.append(waits.count - before))
         second = run_audited(pipe, everything("a longer prompt, of a dog", seed=8), audit)
     return AuditedRun(
-        request.param, audit, first.picture, first.slices, counts, second.slices
+        request.param, pipe, audit, first.picture, first.slices, counts, second.slices
     )
 
 

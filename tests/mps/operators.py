@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+
+import torchgen
 
 _FUNC = re.compile(r"- func: ([\w.]+)\(")
 _DELEGATE = re.compile(r"  structured_delegate: ([\w.]+)")
@@ -34,9 +35,7 @@ class Operator:
 @cache
 def declared_operators() -> dict[str, Operator]:
     """All operators by name and overload (``add.Tensor``, ``silu``)."""
-    spec = find_spec("torchgen")
-    assert spec is not None and spec.origin is not None, "this PyTorch ships no torchgen"
-    path = Path(spec.origin).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     found: dict[str, Operator] = {}
     operator = Operator()
     in_dispatch = False

@@ -128,13 +128,12 @@ class Step(NamedTuple):
     ran: list[Ran]
 
 
-def denoise_audited(
-    pipe: FluxPipeline, params: GenerationParams, audit: Audit
-) -> Iterator[Step]:
+def denoise_audited(pipe: FluxPipeline, params: GenerationParams, audit: Audit) -> Iterator[Step]:
     """Denoise step by step, whatever the text: the encoder is left out."""
     job = pipe.prepare(params)
     shape = (1, TEXT_TOKENS, pipe.config.transformer.text_width)
-    values = torch.zeros(shape, dtype=pipe.runtime.dtypes.weights, device=DEVICE)
+    dtype = pipe.runtime.dtypes.residual or pipe.runtime.dtypes.weights
+    values = torch.zeros(shape, dtype=dtype, device=DEVICE)
     text = Conditioning(values, token_count=20, truncated_tokens=0, cache_hit=False)
     negative = None if job.params.guidance is None else text
     encoded = EncodedJob(text, negative, pipe.encode_references(job))

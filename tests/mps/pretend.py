@@ -92,9 +92,7 @@ class PretendDevice(TorchDispatchMode):
         super().__exit__(*error)
         self._around.close()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not any(_is_device(value) for value in flat((args, kwargs))):
             return func(*args, **kwargs)
@@ -162,7 +160,7 @@ def _device_guard() -> Iterator[None]:
     directory = Path(torch.__file__).parent / "lib"
     library = ctypes.CDLL(str(next(directory.glob("libc10.*"))))
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, _GUARDS)
-    assert guards[_CPU] and guards[_META], "the table of device guards has another layout"
+    assert all((guards[_CPU], guards[_META])), "the table of device guards has another layout"
     lent = not guards[_MPS]
     if lent:
         guards[_MPS] = guards[_META]

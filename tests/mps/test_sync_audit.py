@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,23 +11,21 @@ from torch import Tensor, nn
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.models import flux2
 from fluxcore.pipeline import denoise
-from fluxcore.weights.random_architecture import PRESETS
 from tests.mps.audit import Audit, Ran
 from tests.mps.conftest import AuditedRun, Waits
-from tests.mps.pipelines import denoise_audited, weightless_pipeline
+from tests.mps.pipelines import denoise_audited
 from tests.mps.pretend import DEVICE
 
 WAITING = {"upload", "download", "wait"}
 
-MOST_KERNELS = {"float16": (67, 35, 15), "bfloat16": (63, 34, 12)}
+MOST_KERNELS = {"float16": (117, 49, 25), "bfloat16": (63, 34, 12)}
 """Kernels of a double block, of a single block, and of the rest of a step, per dtype.
-float16 casts to and from its float32 residual stream. Fewer are welcome: lower these then."""
+float16 casts to and from its float32 residual stream, and scales rows that would overflow.
+Fewer are welcome: lower these then."""
 
 
 def small(steps: int) -> GenerationParams:
-    return GenerationParams(
-        prompt="a fox", width=64, height=64, steps=steps, guidance=1.0, seed=0
-    )
+    return GenerationParams(prompt="a fox", width=64, height=64, steps=steps, guidance=1.0, seed=0)
 
 
 def waited(ran: list[Ran]) -> set[str]:
@@ -75,30 +72,29 @@ def test_all_steps_run_the_same(small_pipeline: FluxPipeline, waits: Waits) -> N
     assert waits.count == before
 
 
-@pytest.mark.parametrize("dtype", MOST_KERNELS)
-def test_a_step_starts_no_more_kernels_than_it_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    counted = kernels(tmp_path, dtype, monkeypatch)
-    for kernel_count, most in zip(counted, MOST_KERNELS[dtype], strict=True):
-        assert 0 < kernel_count <= most
+def test_a_step_starts_no_more_kernels_than_it_did(audited: AuditedRun) -> None:
+    counted = kernels(audited.pipe)
+    for now, most in zip(counted, MOST_KERNELS[audited.dtype], strict=True):
+        assert 0 < now <= most
 
 
-def kernels(directory: Path, dtype: str, patch: pytest.MonkeyPatch) -> tuple[int, int, int]:
+def kernels(pipe: FluxPipeline) -> tuple[int, int, int]:
     """Kernels of a double block, of a single block and of the rest of a step."""
-    with Audit(storage="meta") as audit:
-        pipe = weightless_pipeline(directory, PRESETS["tiny"], dtype, patch)
-        transformer = pipe.transformer
-        doubles, singles = transformer.double_blocks, transformer.single_blocks
+    transformer = pipe.transformer
+    doubles, singles = transformer.double_blocks, transformer.single_blocks
 
-        def count(double: nn.ModuleList, single: nn.ModuleList) -> int:
-            transformer.double_blocks, transformer.single_blocks = double, single
-            _, step = denoise_audited(pipe, small(2), audit)
-            return sum(ran.kind == "kernel" for ran in step.ran)
+    def count(double: nn.ModuleList, single: nn.ModuleList) -> int:
+        transformer.double_blocks, transformer.single_blocks = double, single
+        try:
+            with Audit() as audit:
+                _, step = denoise_audited(pipe, small(2), audit)
+        finally:
+            transformer.double_blocks, transformer.single_blocks = doubles, singles
+        return sum(ran.kind == "kernel" for ran in step.ran)
 
-        whole = count(doubles, singles)
-        a_double = whole - count(doubles[:1], singles)
-        a_single = whole - count(doubles, singles[:1])
+    whole = count(doubles, singles)
+    a_double = whole - count(doubles[1:], singles)
+    a_single = whole - count(doubles, singles[1:])
     return a_double, a_single, whole - len(doubles) * a_double - len(singles) * a_single
 
 
@@ -132,11 +128,11 @@ def test_waiting_in_a_step_is_caught(
 
 
 def test_one_more_kernel_in_a_block_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = kernels(tmp_path / "before", "bfloat16", monkeypatch)
+    before = kernels(small_pipeline)
     plain = flux2.swiglu
-    monkeypatch.setattr(flux2, "swiglu", lambda x: plain(x.clone()))
-    after = kernels(tmp_path / "after", "bfloat16", monkeypatch)
+    monkeypatch.setattr(flux2, "swiglu", lambda x, *rest: plain(x.clone(), *rest))
+    after = kernels(small_pipeline)
     # a double block has two streams
     assert after == (before[0] + 2, before[1] + 1, before[2])

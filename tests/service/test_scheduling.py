@@ -261,17 +261,18 @@ def test_a_second_signal_cuts_the_grace_short(start_live: StartLive) -> None:
 
 
 def test_a_slice_that_never_ends_does_not_hold_up_the_end(
-    start_live: StartLive, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.engine.engine.LAST_SLICE_S", 0.05)
     live, pipeline = blocked(start_live)
-    connection = send_only(live, "stuck")
+    stuck = live.generate_later("stuck")
     pipeline.started.wait()
     assert live.engine.stop() is False
+    assert error_of(stuck.answer())["code"] == "shutting_down"
+    # Asked again, as at the end of the app's life, it does not wait again.
     assert live.engine.stop() is False
-    connection.close()
     pipeline.gate.set()
-    live.engine._worker.join(60.0)
+    assert live.engine._worker.join(60.0)
 
 
 def new_job() -> Job:

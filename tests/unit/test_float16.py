@@ -26,7 +26,7 @@ def test_float16_draws_nearly_what_float32_draws(
     final: dict[str, torch.Tensor] = {}
     half.generate(PARAMS, on_step=lambda step, _: final.update(half=step.latents))
     tiny_pipeline.generate(PARAMS, on_step=lambda step, _: final.update(full=step.latents))
-    # measured: 0.0014
+    # 0.0014 when this was written
     assert _relative(final["half"], final["full"]) < 0.01
 
 

@@ -120,6 +120,10 @@ def test_strengths_within_bounds_are_taken_with_a_mask(strength: float) -> None:
         ("strength", NAN, ["finite number", "got nan"]),
         ("strength", None, ["finite number", "got None"]),
         ("strength", 0.5, ["inpainting only", "mask"]),
+        ("references", PICTURE, ["PIL images"]),
+        ("references", ("fox.png",), ["PIL images"]),
+        ("references", (PICTURE, None), ["PIL images"]),
+        ("references", None, ["PIL images"]),
         ("references", (PICTURE,) * 11, ["at most 10", "got 11"]),
         ("references", (Image.new("RGB", (63, 64)),), ["reference 1", "64 pixels", "got 63x64"]),
         ("references", (PICTURE, Image.new("L", (64, 63))), ["reference 2", "got 64x63"]),
@@ -127,6 +131,7 @@ def test_strengths_within_bounds_are_taken_with_a_mask(strength: float) -> None:
         ("references", (Image.new("L", (513, 64)),), ["at most 8:1", "got 513x64"]),
         ("references", (Image.new("L", (0, 64)),), ["64 pixels", "got 0x64"]),
         ("mask", PICTURE, ["needs a picture", "first reference"]),
+        ("mask", b"PNG", ["PIL images"]),
     ],
 )
 def test_what_is_out_of_bounds_is_refused_by_name(field: str, value: Any, words: list[str]) -> None:

@@ -36,8 +36,23 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     "device",
-    ["", "gpu", "CPU", "tpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cuda:\u0663", "cuda 0"]
-    + ["cpu:", "cpu:1", "mps:1", " cpu", "cpu\n"],
+    [
+        "",
+        "gpu",
+        "CPU",
+        "tpu",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:1:2",
+        "cuda:٣",
+        "cuda 0",
+        "cpu:",
+        "cpu:1",
+        "mps:1",
+        " cpu",
+        "cpu\n",
+    ],
 )
 def test_what_names_no_device_is_refused(machine: Any, device: str) -> None:
     machine(cuda=4, mps=True)

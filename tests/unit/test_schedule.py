@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_levels_fall_strictly_from_1_to_0(steps: int, tokens: int, schedule: str
     assert len(found) == steps + 1
     assert found[0] == 1.0
     assert found[-1] == 0.0
-    assert all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
 
 
 @given(steps=STEPS, alpha=st.floats(0.1, 3.0))
@@ -68,7 +69,7 @@ def test_power_levels_fall_strictly_from_1_to_0(steps: int, alpha: float) -> Non
     found = sigmas("power", steps, 256, alpha)
     assert len(found) == steps + 1
     assert (found[0], found[-1]) == (1.0, 0.0)
-    assert all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
 
 
 @given(steps=STEPS, alpha=st.floats(0.0, 10.0, exclude_min=True))
@@ -76,7 +77,7 @@ def test_power_levels_never_rise_whatever_the_exponent(steps: int, alpha: float)
     """Far from 1 and at many steps, neighbours may round to one float32."""
     found = sigmas("power", steps, 256, alpha)
     assert (found[0], found[-1]) == (1.0, 0.0)
-    assert all(a >= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize(

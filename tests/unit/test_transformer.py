@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from fluxcore import FluxPipeline
+from fluxcore.kernels import swiglu
 from fluxcore.models import Flux2Transformer
-from fluxcore.models.flux2 import QKNorm, modulate, swiglu, timestep_embedding
+from fluxcore.models.flux2 import QKNorm, modulate, timestep_embedding
 from fluxcore.models.rope import Rope
 
 GRID = (3, 4)
@@ -54,10 +57,10 @@ def test_modulation_is_scale_of_the_norm_plus_shift() -> None:
     assert torch.allclose(modulate(x, shift, scale, 1e-6), expected, atol=1e-5)
 
 
-def test_swiglu_gates_with_the_first_half() -> None:
-    x = torch.tensor([[0.0, 2.0, 3.0, 5.0]])
-    silu = 2.0 / (1 + torch.exp(torch.tensor(-2.0)))
-    assert torch.allclose(swiglu(x), torch.tensor([[0.0, silu * 5.0]]))
+def test_swiglu_is_the_gate_s_silu_times_the_value() -> None:
+    silu = 2.0 / (1 + math.exp(-2.0))
+    found = swiglu(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 5.0]))
+    assert torch.allclose(found, torch.tensor([0.0, silu * 5.0]))
 
 
 def test_queries_and_keys_are_normed_per_head_and_values_are_not() -> None:
