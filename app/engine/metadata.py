@@ -73,8 +73,7 @@ def parameters_text(made: Provenance, prompt_chars: int | None = None) -> str:
     Args:
         prompt_chars: cut each prompt to so many characters, where space is short.
 
-    Source: AUTOMATIC1111/stable-diffusion-webui modules/infotext_utils.py (the format
-    only: prompt, "Negative prompt:" line, one line of "Name: value" pairs).
+    The form is: prompt, "Negative prompt:" line, one line of "Name: value" pairs.
     """
     lines = [_cut(made.prompt, prompt_chars)]
     if made.negative_prompt:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from fluxcore.config import CONDITIONING_LAYERS, PATCH
 from fluxcore.errors import CheckpointConfigError
 
-CONDITIONING_LAYERS = (9, 18, 27)
-"""Hidden states of the text encoder that make the conditioning; 0 is the embedding."""
-
-PATCH_SIZE = (2, 2)
+PATCH_SIZE = (PATCH, PATCH)
 """Latent rows and columns that one image token covers."""
 
 DIFFUSERS_VERSION = "0.37.0.dev0"

@@ -32,7 +32,7 @@ Function = Callable[..., Any]
 
 
 class PretendTensor(torch.Tensor):
-    """Reports ``mps:0``; ``storage`` holds the values, of the same shape and strides."""
+    """Reports ``mps:0``; ``storage_tensor`` has the values, in the same shape and strides."""
 
     storage_tensor: Tensor
 

@@ -22,9 +22,8 @@ from tests.mps.pretend import DEVICE
     ("preset", "dtype", "side", "references", "guidance"),
     [
         ("4b", "bfloat16", 1024, 1, 4.0),
-        ("4b", "float16", 1024, 0, 1.0),
         ("4b", "float16", 2048, 10, 1.0),
-        ("9b", "float16", 2048, 10, 4.0),
+        ("9b", "float16", 2048, 10, 1.0),
     ],
 )
 def test_no_tensor_and_no_score_matrix_is_too_large(
@@ -59,12 +58,9 @@ def one_block_each(preset: str) -> Architecture:
     return replace(whole, transformer=replace(whole.transformer, num_layers=1, num_single_layers=1))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_text_encoder_is_fit_for_mps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+def test_the_text_encoder_is_fit_for_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Audit(storage="meta") as audit:
-        pipe = weightless_pipeline(tmp_path, one_block_each("4b"), dtype, monkeypatch)
+        pipe = weightless_pipeline(tmp_path, one_block_each("4b"), "float16", monkeypatch)
         audit.finish("load")
         pipe.encode_prompt("a red fox")
         audit.finish("text")
