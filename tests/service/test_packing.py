@@ -105,7 +105,10 @@ def test_latin_text_is_in_plain_chunks_and_other_text_in_international_ones() ->
 @pytest.mark.parametrize("picture_format", ["jpeg", "webp"])
 @pytest.mark.parametrize("made", [MADE, UNICODE], ids=["latin-1", "unicode"])
 def test_jpeg_and_webp_carry_it_in_exif(picture_format: PictureFormat, made: Provenance) -> None:
-    picture = opened(pack_picture(PICTURE, Packing(picture_format), made).data)
+    data = pack_picture(PICTURE, Packing(picture_format), made).data
+    # The byte order of the file is the one that the comment is in.
+    assert b"MM\0*" in data
+    picture = opened(data)
     assert picture.format == picture_format.upper()
     exif = picture.getexif()
     assert exif[0x010E].encode("latin-1").decode() == made.prompt
