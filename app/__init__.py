@@ -2,7 +2,8 @@
 
 Layers, top to bottom; each may import those below it and fluxcore, never those above:
 
-    app.main | app.cli                            wiring only
+    app.cli                                       wiring: the command line
+    app.main                                      wiring: settings, engine, HTTP app, process
     app.api                                       HTTP: schemas, routes, errors
     app.engine                                    jobs, the worker thread, image bytes
     app.settings | app.errors | app.telemetry

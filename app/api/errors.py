@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _FIELD_OF = {"references": "images"}
 _SHOWN_CHARS = 80
 _PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "mask"})
-_LOCATIONS = frozenset({"body", "query", "path", "header", "cookie"})
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -64,7 +63,7 @@ def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -
         known: the names of fields that exist, to suggest one for a name that does not.
     """
     problem = problems[0]
-    path = [part for part in problem["loc"] if part not in _LOCATIONS]
+    path = list(problem["loc"])
     param = _param(path)
     match problem["type"]:
         case "json_invalid":
@@ -102,7 +101,8 @@ def _handle(request: Request, error: Exception) -> JSONResponse:
 
 def _as_known(request: Request, error: Exception) -> ServiceError:
     if isinstance(error, RequestValidationError):
-        return from_problems(error.errors(), ())
+        # FastAPI puts where it looked (body, query, ...) before the name.
+        return from_problems([{**p, "loc": tuple(p["loc"])[1:]} for p in error.errors()], ())
     if isinstance(error, ClientDisconnect):
         return ClientLeftError("the client closed the connection while sending")
     if isinstance(error, HTTPException):

@@ -15,10 +15,12 @@ from PIL import Image
 
 from app.engine.pictures import PictureError, read_mask, read_picture
 from app.errors import InvalidRequestError
+from fluxcore.fitting import limit_area
 
 _DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_LINE_BREAKS = str.maketrans("", "", "\r\n")
+# The patterns look at so much of the text; they must not run over megabytes of base64.
+HEAD_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,15 @@ def decode_pictures(references: Sequence[str], mask: str | None, max_pixels: int
     Raises:
         InvalidRequestError: naming the picture that cannot be used.
     """
+    pictures = []
+    for i, text in enumerate(references):
+        picture = _decode(f"images[{i}]", text, max_pixels, read_picture)
+        # A waiting job holds no more pixels than the model will see. The one under a mask
+        # keeps its size, which the mask's must equal.
+        painted = i == 0 and mask is not None
+        pictures.append(picture if painted else limit_area(picture))
     return InputPictures(
-        references=tuple(
-            _decode(f"images[{i}]", text, max_pixels, read_picture)
-            for i, text in enumerate(references)
-        ),
+        references=tuple(pictures),
         mask=None if mask is None else _decode("mask", mask, max_pixels, read_mask),
     )
 
@@ -55,16 +61,16 @@ def _decode(
 
 def _from_base64(text: str) -> bytes:
     """Strictly decoded; line breaks are allowed, as ``base64`` programs write them."""
-    if _REMOTE.match(text):
+    if _REMOTE.match(text[:HEAD_CHARS]):
         raise PictureError("is an address; addresses are not fetched, send the picture as base64")
-    # The head only: the pattern must not run over megabytes of base64.
-    header = _DATA_URL.match(text[:256])
+    header = _DATA_URL.match(text[:HEAD_CHARS])
     if header is not None:
         if ";base64" not in header[2].lower():
             raise PictureError("must be a data URL in base64: data:image/png;base64,...")
         text = text[header.end() :]
     try:
-        return binascii.a2b_base64(text.translate(_LINE_BREAKS), strict_mode=True)
+        data = text.encode("ascii").translate(None, b"\r\n")
+        return binascii.a2b_base64(data, strict_mode=True)
     except ValueError:
         raise PictureError(
             "is not valid base64; send base64 with its padding, or a data URL"

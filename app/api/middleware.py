@@ -17,7 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import telemetry
 from app.api.errors import render
-from app.errors import BodyTooLargeError, InternalError, InvalidRequestError, ServiceError
+from app.errors import (
+    BodyTooLargeError,
+    InternalError,
+    InvalidRequestError,
+    ServiceError,
+    ShuttingDownError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,14 @@ class RequestContext:
             await self._app(scope, self._bounded(receive), send_with_id)
         except ServiceError as error:
             await render(error)(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # The server ends while a body is still being sent.
+            task = asyncio.current_task()
+            if status or task is None:
+                raise
+            task.uncancel()
+            ending = ShuttingDownError("the service is shutting down", retry_after_s=1)
+            await render(ending)(scope, receive, send_with_id)
         except Exception:
             logger.exception("unhandled error in %s %s", scope["method"], scope["path"])
             if status:

@@ -17,7 +17,8 @@ JSON_TYPE = "application/json"
 DEFAULT_FORMAT: PictureFormat = "png"
 FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 
-_QUALITY = re.compile(r"(?:0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
+# A missing leading zero is no standard, but what some clients send.
+_QUALITY = re.compile(r"(?:0?\.[0-9]{1,3}|0\.?|1(?:\.0{0,3})?)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from app.api.errors import from_problems
 from app.api.input_pictures import InputPictures
@@ -47,7 +48,7 @@ class GenerateRequest(BaseModel):
     power_alpha: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         None, description="Exponent of the power schedule, above 0 to 10. Default: 2."
     )
-    images: list[str] | None = Field(
+    images: Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, description="Up to 10 reference pictures: PNG, JPEG or WebP as base64 or data URL."
     )
     mask: str | None = Field(
@@ -110,11 +111,28 @@ def parse_generate(body: bytes) -> GenerateRequest:
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
+    _check_names(body)
     try:
         return GenerateRequest.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         raise from_problems(problems, GenerateRequest.model_fields) from None
+
+
+def _check_names(body: bytes) -> None:
+    """Refuse the first unknown name; pydantic would make an error for each of a million.
+
+    What is no JSON object is left to pydantic, which says so.
+    """
+    try:
+        given = from_json(body)
+    except ValueError:
+        return
+    known = GenerateRequest.model_fields
+    if not isinstance(given, dict) or given.keys() <= known.keys():
+        return
+    name = next(name for name in given if name not in known)
+    raise from_problems([{"type": "extra_forbidden", "loc": (name,)}], known)
 
 
 def plain_params(asked: GenerateRequest, settings: Settings) -> GenerationParams:

@@ -190,10 +190,11 @@ class Engine:
         if running is not None:
             running.cancel(self._shutting_down())
         self._has_ended = self._worker.join(LAST_SLICE_S)
-        if running is not None:
-            # Answered by the worker, unless that is stuck in its slice.
-            self._failed(running, self._shutting_down())
+        # A job that is drawn is answered by the packers, ...
         self._packers.close()
+        if running is not None:
+            # ... any other by the worker, unless that is stuck in its slice.
+            self._failed(running, self._shutting_down())
         return self._has_ended
 
     def _pipeline(self) -> Pipeline:

@@ -121,9 +121,8 @@ def exif(made: Provenance) -> Image.Exif:
     tags[_IMAGE_DESCRIPTION] = description.encode()
     tags[_SOFTWARE] = made.software
     comment = parameters_text(made, EXIF_PROMPT_CHARS)
-    # Big-endian as in the web UIs' files; readers that follow the file's own byte
-    # order tell the two apart, so the header is written big-endian as well.
-    tags.endian = ">"
+    # Big-endian, as in the web UIs' files and as Pillow writes the file's own header: some
+    # readers go by the one, some by the other.
     tags.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
     return tags
 

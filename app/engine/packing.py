@@ -104,9 +104,15 @@ class PackingPool:
                 with self._lock:
                     self._jobs -= 1
 
-        started += [
-            self._pool.submit(pack_picture, picture, packing, made) for picture, made in pictures
-        ]
+        try:
+            started += [
+                self._pool.submit(pack_picture, picture, packing, made)
+                for picture, made in pictures
+            ]
+        except RuntimeError:  # the pool is closed
+            with self._lock:
+                self._jobs -= 1
+            raise
         for future in started:
             future.add_done_callback(one_done)
 

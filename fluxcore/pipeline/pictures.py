@@ -6,8 +6,6 @@ Flux2KleinInpaintPipeline.__call__ (picture and mask).
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fluxcore.errors import DeviceFaultError
+from fluxcore.fitting import limit_area, whole_tokens
 from fluxcore.params import SIZE_MULTIPLE
-
-LARGEST_REFERENCE_AREA = 1024 * 1024
 
 
 def opaque(picture: Image.Image) -> Image.Image:
@@ -36,22 +33,16 @@ def opaque(picture: Image.Image) -> Image.Image:
 
 def fit_reference(picture: Image.Image) -> Image.Image:
     """At most 1024 x 1024 pixels in area, cropped at the centre to multiples of 16."""
-    picture = _limit_area(opaque(picture))
-    width, height = _whole_tokens(picture)
+    picture = limit_area(opaque(picture))
+    width, height = whole_tokens(picture)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
 
 def fit_inpainted(picture: Image.Image) -> Image.Image:
     """The picture to paint in: area as for references, then stretched to multiples of 16."""
-    picture = _limit_area(opaque(picture))
-    return picture.resize(_whole_tokens(picture), Image.Resampling.LANCZOS)
-
-
-def fitted_size(picture: Image.Image) -> tuple[int, int]:
-    """(width, height) that both fits give, in pixels, without touching the pixels."""
-    width, height = _area_limited(picture.size)
-    return width // SIZE_MULTIPLE * SIZE_MULTIPLE, height // SIZE_MULTIPLE * SIZE_MULTIPLE
+    picture = limit_area(opaque(picture))
+    return picture.resize(whole_tokens(picture), Image.Resampling.LANCZOS)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -100,23 +91,3 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith("I;16"):
         return picture
     return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-
-
-def _area_limited(size: tuple[int, int]) -> tuple[int, int]:
-    width, height = size
-    if width * height <= LARGEST_REFERENCE_AREA:
-        return size
-    scale = math.sqrt(LARGEST_REFERENCE_AREA / (width * height))
-    return int(width * scale), int(height * scale)
-
-
-def _limit_area(picture: Image.Image) -> Image.Image:
-    size = _area_limited(picture.size)
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _whole_tokens(picture: Image.Image) -> tuple[int, int]:
-    return (
-        picture.width // SIZE_MULTIPLE * SIZE_MULTIPLE,
-        picture.height // SIZE_MULTIPLE * SIZE_MULTIPLE,
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fluxcore.errors import InvalidParamsError
+from fluxcore.fitting import fitted_size
 from fluxcore.params import DEFAULT_SIDE_PX, MAX_SIDE_PX, SIZE_MULTIPLE, GenerationParams
-from fluxcore.pipeline.pictures import fitted_size
 from fluxcore.pipeline.result import ModelInfo, PreparedJob, ResolvedParams
 from fluxcore.pipeline.schedule import sigmas
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxcore.errors import DeviceFaultError
+from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
 from fluxcore.pipeline.pictures import (
-    LARGEST_REFERENCE_AREA,
     fit_inpainted,
     fit_reference,
-    fitted_size,
     opaque,
     to_picture,
     to_pixels,

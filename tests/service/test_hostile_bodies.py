@@ -1,0 +1,71 @@
+"""Bodies that cost a server much and a client little: each is refused, quickly and in words."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tracemalloc
+
+import pytest
+from PIL import Image
+
+from app.api.input_pictures import decode_pictures
+from app.api.negotiation import choose_answer
+from app.api.schemas import parse_generate
+from app.errors import InvalidRequestError, ServiceError
+from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
+from fluxcore.pipeline.pictures import fit_reference
+
+
+def _refused(body: bytes) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        parse_generate(body)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["body", "query", "path", "header", "cookie", "wdith"])
+def test_an_unknown_field_of_any_name_is_named(name: str) -> None:
+    error = _refused(json.dumps({"prompt": "a", name: 1}).encode())
+    assert (error.status, error.param, error.code) == (400, name, "unknown_parameter")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt":"a","images":[' + b"1," * 300_000 + b"1]}",
+        b'{"prompt":"a"' + b"".join(b',"k%d":1' % i for i in range(100_000)) + b"}",
+    ],
+    ids=["wrong elements", "unknown names"],
+)
+def test_many_faults_cost_no_more_than_one(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        assert _refused(body).status == 400
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 40 * len(body)
+
+
+def test_text_that_is_no_ascii_is_no_base64() -> None:
+    for text in ("中" * 100_000, "é" * 10, "data:image/png;base64,é"):
+        with pytest.raises(InvalidRequestError, match="base64") as caught:
+            decode_pictures([text], None, 10_000)
+        assert caught.value.param == "images[0]"
+
+
+def test_waiting_references_hold_what_the_model_sees_and_no_more() -> None:
+    picture = Image.effect_noise((1900, 1300), 60).convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    text = base64.b64encode(file.getvalue()).decode()
+    (shrunk,) = decode_pictures([text], None, 10_000_000).references
+    assert shrunk.width * shrunk.height <= LARGEST_REFERENCE_AREA
+    assert fitted_size(shrunk) == fitted_size(picture)
+    assert fit_reference(shrunk).tobytes() == fit_reference(picture).tobytes()
+
+
+def test_a_quality_without_its_leading_zero_counts() -> None:
+    assert choose_answer(["image/png;q=.9, application/json;q=.1"], None).format == "png"
+    assert not choose_answer(["image/png;q=.9, application/json;q=.1"], None).is_json
