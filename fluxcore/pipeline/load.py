@@ -6,19 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxcore.config import CheckpointConfig, read_checkpoint_config
+from fluxcore.config import (
+    CheckpointConfig,
+    Qwen3Config,
+    TransformerConfig,
+    VaeConfig,
+    read_checkpoint_config,
+)
 from fluxcore.errors import CheckpointConfigError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
 from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import Runtime
 from fluxcore.text import PromptTokenizer
-from fluxcore.weights import LoadProgress, load_component, weight_plan
+from fluxcore.weights import LoadProgress, check_component, load_component, weight_plan
 from fluxcore.weights.load import Placement
 
 DISTILLED_STEPS = 4
 BASE_STEPS = 50
 BASE_GUIDANCE = 4.0
 RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight", "final_norm.weight")
+
+_DIRECTORIES = {VaeConfig: "vae", Qwen3Config: "text_encoder", TransformerConfig: "transformer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Components:
 def load_components(
     path: Path, runtime: Runtime, progress: Callable[[LoadProgress], None] | None
 ) -> Components:
-    """Read the configs, then every component, cheapest to fail first.
+    """Check configs and file headers of all components, then read their weights.
 
     Raises:
         CheckpointError: naming the file or directory at fault.
@@ -48,6 +56,8 @@ def load_components(
             f"{path / 'tokenizer'} has token ids up to {tokenizer.largest_id}, the text encoder "
             f"knows {config.text_encoder.vocabulary}; the two are of different models"
         )
+    for component in (config.vae, config.text_encoder, config.transformer):
+        check_component(weight_plan(component), path / _DIRECTORIES[type(component)])
     kernels, dtypes = runtime.kernels(), runtime.dtypes
     residual = dtypes.residual or dtypes.weights
     vae, vae_report = load_component(

@@ -4,7 +4,13 @@ Owns finding the files, checking them against the architecture, renaming,
 fusing and placing. Nothing outside this package knows a published tensor name.
 """
 
-from fluxcore.weights.load import LoadProgress, LoadReport, load_component, weight_plan
+from fluxcore.weights.load import (
+    LoadProgress,
+    LoadReport,
+    check_component,
+    load_component,
+    weight_plan,
+)
 from fluxcore.weights.plan import Source, WeightPlan
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "LoadReport",
     "Source",
     "WeightPlan",
+    "check_component",
     "load_component",
     "weight_plan",
 ]

@@ -87,6 +87,15 @@ def weight_plan(config: TransformerConfig | Qwen3Config | VaeConfig) -> WeightPl
     return vae_plan(config)
 
 
+def check_component(plan: WeightPlan, directory: Path) -> None:
+    """Compare a component's files with its plan, without reading weights.
+
+    Raises:
+        CheckpointError: as ``load_component`` would, but at once.
+    """
+    _check(directory, plan, stored_tensors(directory, STEMS[directory.name]))
+
+
 def load_component(
     build: Callable[[], Network],
     plan: WeightPlan,

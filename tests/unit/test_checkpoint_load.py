@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -299,3 +300,18 @@ def test_loading_takes_hardly_more_memory_than_the_weights(
     assert read > 200_000
     assert grown > 0.9 * read, "the measurement saw no weights"
     assert grown < 1.15 * read
+
+
+def test_a_misfit_of_the_last_component_is_found_before_any_weight_is_read(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, directory)
+    config = directory / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"num_layers": values["num_layers"] + 1}))
+    read: list[StoredTensor] = []
+    monkeypatch.setattr(StoredTensor, "read_into", lambda self, _: read.append(self))
+    with pytest.raises(CheckpointMismatchError, match="transformer"):
+        FluxPipeline.load(directory, device="cpu")
+    assert not read
