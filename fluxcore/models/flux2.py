@@ -21,8 +21,6 @@ from fluxcore.config import TransformerConfig
 from fluxcore.kernels import Kernels, swiglu, wide_linear
 from fluxcore.models.rope import Rope, rotate_pairs
 
-FLOAT16_LARGEST = 65504.0
-
 
 class Modulation(NamedTuple):
     """AdaLN vectors of one step; shared by all blocks of a kind.
@@ -129,7 +127,7 @@ class DoubleBlock(nn.Module):
         of_txt_len = txt.shape[1]
         txt = self.txt.finish(txt, joint[:, :of_txt_len], mod.txt)
         img = self.img.finish(img, joint[:, of_txt_len:], mod.img)
-        return img, _within_float16(txt)
+        return img, txt
 
 
 class SingleBlock(nn.Module):
@@ -155,8 +153,9 @@ class SingleBlock(nn.Module):
         attended = self.attention(rotate_pairs(q, pe), rotate_pairs(k, pe), v, None)
         attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
         hidden = swiglu(*mlp.chunk(2, dim=-1))
-        x = x + gate * wide_linear(torch.cat((attended.to(hidden.dtype), hidden), dim=-1), self.out)
-        return _within_float16(x)
+        joined = torch.cat((attended.to(hidden.dtype), hidden), dim=-1)  # [B, L, D + mlp]
+        x = x + gate * wide_linear(joined, self.out)
+        return x
 
 
 class Flux2Transformer(nn.Module):
@@ -209,8 +208,3 @@ class Flux2Transformer(nn.Module):
         x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
         scale, shift = mod.final
         return self.img_out(modulate(x, shift, scale, self.config.norm_eps))  # type: ignore[no-any-return]
-
-
-def _within_float16(x: Tensor) -> Tensor:
-    """Keep a float16 residual finite, where the reference does."""
-    return x.clip(-FLOAT16_LARGEST, FLOAT16_LARGEST) if x.dtype == torch.float16 else x
