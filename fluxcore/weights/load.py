@@ -20,15 +20,10 @@ from torch import Tensor, nn
 from fluxcore.config import Qwen3Config, TransformerConfig, VaeConfig
 from fluxcore.errors import CheckpointMismatchError
 from fluxcore.weights.files import StoredTensor, stored_tensors
+from fluxcore.weights.layout import STEMS
 from fluxcore.weights.plan import WeightPlan, qwen3_plan, transformer_plan, vae_plan
 
 Network = TypeVar("Network", bound=nn.Module)
-
-STEMS = {
-    "transformer": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "vae": "diffusion_pytorch_model",
-}
 
 
 @dataclass(frozen=True, slots=True)

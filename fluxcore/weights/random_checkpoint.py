@@ -1,8 +1,8 @@
 """Write a checkpoint directory of random weights, in the published layout.
 
-Owns the files and their order: what it leaves behind is either a whole checkpoint
-or nothing that passes for one. The weights draw noise-like pictures; they are for
-trying a machine, measuring speed and comparing implementations without a download.
+Owns the order of the files and the drawing of weights straight to disk. The weights
+draw noise-like pictures; they are for trying a machine, measuring speed and comparing
+implementations without a download.
 
 Source: the directory layout of black-forest-labs/FLUX.2-klein-4B on Hugging Face;
 huggingface/safetensors README ("Format").
@@ -13,17 +13,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fluxcore.errors import CheckpointConfigError, CheckpointError
+from fluxcore.errors import CheckpointConfigError
+from fluxcore.weights.layout import (
+    STEMS,
+    appearing_whole,
+    shard_names,
+    split_by_size,
+    write_index,
+    write_json,
+)
+from fluxcore.weights.qwen_tokenizer import check_fits
 from fluxcore.weights.random_architecture import (
     PRESETS,
     Architecture,
@@ -40,7 +46,7 @@ from fluxcore.weights.random_tensors import (
     transformer_tensors,
     vae_tensors,
 )
-from fluxcore.weights.random_tokenizer import check_fits, write_tokenizer
+from fluxcore.weights.random_tokenizer import write_tokenizer
 
 __all__ = ["PRESETS", "Architecture", "write_random_checkpoint"]
 
@@ -54,8 +60,6 @@ FORMAT_NAMES = {
     torch.float32: "F32",
     torch.int64: "I64",
 }
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-TRANSFORMERS_STEM = "model"
 HEADER_ALIGNMENT_BYTES = 8
 PROGRESS_BYTES = 1 << 24
 """At least this much is written between two calls of ``progress``."""
@@ -107,8 +111,7 @@ def write_random_checkpoint(
         raise CheckpointConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if max_shard_bytes < 1:
         raise CheckpointConfigError(f"max_shard_bytes must be at least 1; got {max_shard_bytes}")
-    _check_free(target)
-    with _appearing_whole(target) as build:
+    with appearing_whole(target) as build:
         tokenizer = write_tokenizer(
             build / "tokenizer", None if tokenizer_ranks is None else Path(tokenizer_ranks)
         )
@@ -116,13 +119,11 @@ def write_random_checkpoint(
         components = (
             _Component(
                 "transformer",
-                DIFFUSERS_STEM,
                 transformer_config(architecture),
                 transformer_tensors(architecture),
             ),
             _Component(
                 "text_encoder",
-                TRANSFORMERS_STEM,
                 text_encoder_config(
                     architecture,
                     dtype=dtype,
@@ -131,7 +132,7 @@ def write_random_checkpoint(
                 ),
                 text_encoder_tensors(architecture),
             ),
-            _Component("vae", DIFFUSERS_STEM, vae_config(architecture), vae_tensors(architecture)),
+            _Component("vae", vae_config(architecture), vae_tensors(architecture)),
         )
         writer = _Writer(
             dtype=DTYPES[dtype],
@@ -146,9 +147,9 @@ def write_random_checkpoint(
             writer.write_component(build, component)
         scheduler = build / "scheduler"
         scheduler.mkdir()
-        _write_json(scheduler / "scheduler_config.json", scheduler_config())
+        write_json(scheduler / "scheduler_config.json", scheduler_config())
         # Last, because a directory without it is no checkpoint to any loader.
-        _write_json(build / "model_index.json", model_index(is_distilled=is_distilled))
+        write_json(build / "model_index.json", model_index(is_distilled=is_distilled))
     return target
 
 
@@ -157,7 +158,6 @@ class _Component:
     """One subdirectory with weights."""
 
     name: str
-    stem: str
     config: dict[str, Any]
     tensors: list[TensorSpec]
 
@@ -177,33 +177,19 @@ class _Writer:
     def write_component(self, parent: Path, component: _Component) -> None:
         directory = parent / component.name
         directory.mkdir()
-        _write_json(directory / "config.json", component.config)
-        shards = self._split(component.tensors)
-        if len(shards) == 1:
-            self._write_file(directory / f"{component.stem}.safetensors", component, shards[0])
-            return
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            name = f"{component.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._write_file(directory / name, component, shard)
-            weight_map |= {spec.name: name for spec in shard}
-        total = sum(spec.stored_bytes(self.dtype) for spec in component.tensors)
-        _write_json(
-            directory / f"{component.stem}.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+        write_json(directory / "config.json", component.config)
 
-    def _split(self, specs: list[TensorSpec]) -> list[list[TensorSpec]]:
-        shards: list[list[TensorSpec]] = [[]]
-        filled = 0
-        for spec in specs:
-            size = spec.stored_bytes(self.dtype)
-            if shards[-1] and filled + size > self.max_shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append(spec)
-            filled += size
-        return shards
+        def size(spec: TensorSpec) -> int:
+            return spec.stored_bytes(self.dtype)
+
+        stem = STEMS[component.name]
+        shards = split_by_size(component.tensors, size, self.max_shard_bytes)
+        file_of: dict[str, str] = {}
+        for name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
+            self._write_file(directory / name, component, shard)
+            file_of |= {spec.name: name for spec in shard}
+        if len(shards) > 1:
+            write_index(directory, stem, file_of, sum(map(size, component.tensors)))
 
     def _write_file(self, path: Path, component: _Component, specs: list[TensorSpec]) -> None:
         # Written here rather than by the library, which wants all tensors of a file in
@@ -243,34 +229,3 @@ def _preset(name: str) -> Architecture:
     if name not in PRESETS:
         raise CheckpointConfigError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
     return PRESETS[name]
-
-
-def _check_free(target: Path) -> None:
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise CheckpointError(
-                f"{target} is not empty and is never overwritten; remove it or name another"
-            )
-    elif os.path.lexists(target):
-        raise CheckpointError(f"{target} is not a directory; remove it or name another")
-
-
-@contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A sibling directory that becomes ``target`` if all goes well, and vanishes if not."""
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    build = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    build.mkdir()
-    try:
-        yield build
-        _check_free(target)
-        if target.is_dir():
-            target.rmdir()
-        build.rename(target)
-    finally:
-        shutil.rmtree(build, ignore_errors=True)  # gone already, if all went well
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

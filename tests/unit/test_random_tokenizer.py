@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from fluxcore.errors import CheckpointFileError, CheckpointNotFoundError
+from fluxcore.weights.qwen_tokenizer import SPLIT_PATTERN, byte_letters
 from fluxcore.weights.random_checkpoint import write_random_checkpoint
-from fluxcore.weights.random_tokenizer import SPLIT_PATTERN, byte_letters, write_tokenizer
+from fluxcore.weights.random_tokenizer import write_tokenizer
 
 PROMPT = "a red fox in the snow, golden light"
 TEXTS = (

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from fluxcore.errors import CheckpointConfigError, CheckpointNotFoundError
 from fluxcore.text import PromptTokenizer
-from fluxcore.weights.random_tokenizer import MARKUP_TOKENS, SPECIAL_TOKENS, write_tokenizer
+from fluxcore.weights.qwen_tokenizer import MARKUP_TOKENS, SPECIAL_TOKENS
+from fluxcore.weights.random_tokenizer import write_tokenizer
 from tests.unit.checkpoint_copies import edit_json
 
 HARD = [
