@@ -81,12 +81,13 @@ class Settings(BaseModel):
         le=10_000,
         description="Jobs that may wait. One more is refused with 429 and Retry-After.",
     )
-    default_width: int = Field(
-        default=512,
-        description="Width in pixels of a picture whose request names neither size nor references.",
+    default_width: int | None = Field(
+        default=None,
+        description="Width in pixels of a picture whose request names neither size nor "
+        "references. Left out: the model's own (512; of fluxd-demo 256).",
     )
-    default_height: int = Field(
-        default=512,
+    default_height: int | None = Field(
+        default=None,
         description="Height in pixels of such a picture.",
     )
     max_body_bytes: ByteSize = Field(
@@ -111,10 +112,11 @@ class Settings(BaseModel):
         ge=0,
         description="Memory for the text embeddings of recent prompts; 0 keeps none.",
     )
-    warm_up_sizes: tuple[str, ...] = Field(
-        default=("512x512",),
+    warm_up_sizes: tuple[str, ...] | None = Field(
+        default=None,
         max_length=32,
-        description="Sizes drawn once before the service is ready, so that first jobs are fast.",
+        description="Sizes drawn once before the service is ready, so that first jobs are fast. "
+        "Left out: the model's own.",
     )
     request_timeout_s: float = Field(
         default=600.0,
@@ -140,8 +142,8 @@ class Settings(BaseModel):
 
     @field_validator("default_width", "default_height")
     @classmethod
-    def _check_side(cls, value: int) -> int:
-        return _checked_side("the default size", value)
+    def _check_side(cls, value: int | None) -> int | None:
+        return None if value is None else _checked_side("the default size", value)
 
     @field_validator("warm_up_sizes", mode="before")
     @classmethod
@@ -152,8 +154,8 @@ class Settings(BaseModel):
 
     @field_validator("warm_up_sizes")
     @classmethod
-    def _check_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for size in value:
+    def _check_sizes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for size in value or ():
             parse_size(size)
         return value
 
@@ -168,8 +170,10 @@ class Settings(BaseModel):
             return False
 
     @property
-    def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...]:
+    def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...] | None:
         """``warm_up_sizes`` as (width, height) pairs, in pixels."""
+        if self.warm_up_sizes is None:
+            return None
         return tuple(parse_size(size) for size in self.warm_up_sizes)
 
 

@@ -62,6 +62,7 @@ DEMO = Architecture(
         latent_channels=8,
         norm_num_groups=8,
         mid_block_add_attention=False,
+        sample_size=256,
     ),
 )
 

@@ -87,7 +87,11 @@ class Qwen3Config:
 
 @dataclass(frozen=True, slots=True)
 class VaeConfig:
-    """Sizes of the autoencoder (``vae/config.json``)."""
+    """Sizes of the autoencoder (``vae/config.json``).
+
+    Attributes:
+        sample_side_px: side of the pictures that the model is made for.
+    """
 
     image_channels: int
     latent_channels: int
@@ -99,6 +103,7 @@ class VaeConfig:
     quant_conv: bool
     post_quant_conv: bool
     batch_norm_eps: float
+    sample_side_px: int
 
     @property
     def pixels_per_latent(self) -> int:
@@ -350,6 +355,7 @@ def _read_vae(file: ConfigFile) -> VaeConfig:
         quant_conv=file.get("use_quant_conv", bool, True),
         post_quant_conv=file.get("use_post_quant_conv", bool, True),
         batch_norm_eps=file.positive_number("batch_norm_eps", 1e-4),
+        sample_side_px=file.positive("sample_size", 1024),
     )
     file.expect("in_channels", 3)
     file.expect("out_channels", 3)

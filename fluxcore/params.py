@@ -20,7 +20,7 @@ Schedule = Literal["flux", "linear", "power"]
 SIZE_MULTIPLE = 16
 MIN_SIDE_PX = 64
 MAX_SIDE_PX = 2048
-DEFAULT_SIDE_PX = 512
+LARGEST_DEFAULT_SIDE_PX = 512
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_IMAGES = 10
@@ -42,7 +42,8 @@ class GenerationParams:
         prompt: what to draw; at most 32000 characters, not blank.
         negative_prompt: what to steer away from; has an effect on base models only.
         width, height: multiples of 16 from 64 to 2048. ``None``: the size of the
-            first reference (at most 1024 x 1024 pixels in area), else 512.
+            first reference (at most 1024 x 1024 pixels in area), else 512, or the
+            side that the model is made for if that is less.
         steps: Euler steps, 1 to 200. ``None``: 4 on distilled models, 50 on base models.
         guidance: classifier-free guidance scale, 0 to 30; at most 1 turns it off.
             ``None``: 4.0 on base models. Has no effect on distilled models.

@@ -33,7 +33,9 @@ class GenerateRequest(BaseModel):
         None, description="What to steer away from; has an effect on base models only."
     )
     width: int | None = Field(
-        None, description="Pixels; a multiple of 16 from 64 to 2048. Default: a setting."
+        None,
+        description="Pixels; a multiple of 16 from 64 to 2048. Default: a setting, else the "
+        "model's own.",
     )
     height: int | None = Field(None, description="Pixels, as width.")
     steps: int | None = Field(None, description="1 to 200. Default: the model's.")
@@ -157,8 +159,7 @@ def plain_params(asked: GenerateRequest, settings: Settings) -> GenerationParams
         if (value := getattr(asked, name)) is not None
     }
     if not asked.images:
-        given.setdefault("width", settings.default_width)
-        given.setdefault("height", settings.default_height)
+        given = {"width": settings.default_width, "height": settings.default_height, **given}
     return GenerationParams(prompt=asked.prompt, **given)
 
 

@@ -92,8 +92,7 @@ def _params(wanted: Wanted, settings: Settings) -> GenerationParams:
         if not _is_unicode(text):
             raise UsageError(f"the {name.replace('_', ' ')} is not valid UTF-8")
     if not wanted.references:
-        given.setdefault("width", settings.default_width)
-        given.setdefault("height", settings.default_height)
+        given = {"width": settings.default_width, "height": settings.default_height, **given}
     if len(wanted.references) > settings.max_references:
         raise UsageError(
             f"at most {settings.max_references} --image are allowed; got {len(wanted.references)}"

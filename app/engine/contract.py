@@ -96,7 +96,7 @@ class Pipeline(Protocol):
 
     def warm_up(
         self,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int]] | None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
 

@@ -65,7 +65,8 @@ class Engine:
     Args:
         load: makes the pipeline, on the worker's thread.
         queue_limit: jobs that may wait.
-        warm_up_sizes: (width, height) of pictures drawn before the engine is ready.
+        warm_up_sizes: (width, height) of pictures drawn before the engine is ready; None
+            for the model's default size.
         shutdown_grace_s: what a client is told to wait when the engine is ending.
         on_startup_failure: called, on the worker's thread, when the model cannot be used.
     """
@@ -75,7 +76,7 @@ class Engine:
         load: Loader,
         *,
         queue_limit: int,
-        warm_up_sizes: tuple[tuple[int, int], ...] = (),
+        warm_up_sizes: tuple[tuple[int, int], ...] | None = (),
         shutdown_grace_s: float = 30.0,
         on_startup_failure: Callable[[], None] | None = None,
     ) -> None:

@@ -50,7 +50,8 @@ class Worker:
 
     Args:
         load: makes the pipeline; called on the thread.
-        warm_up_sizes: (width, height) of the pictures to draw before being ready.
+        warm_up_sizes: (width, height) of the pictures to draw before being ready; None
+            for the model's default size.
         on_drawn: takes a finished job's result, still on the thread.
         on_failed: takes a job that ended without one.
         on_end: called last, when no more jobs will be taken.
@@ -61,7 +62,7 @@ class Worker:
         load: Loader,
         scheduler: Scheduler,
         *,
-        warm_up_sizes: tuple[tuple[int, int], ...],
+        warm_up_sizes: tuple[tuple[int, int], ...] | None,
         on_drawn: Callable[[Job, Result], None],
         on_failed: Callable[[Job, ServiceError], None],
         on_end: Callable[[], None],

@@ -15,6 +15,7 @@ from fluxcore.config import (
 )
 from fluxcore.errors import CheckpointConfigError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
+from fluxcore.params import LARGEST_DEFAULT_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
 from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import Runtime
 from fluxcore.text import PromptTokenizer
@@ -87,6 +88,7 @@ def load_components(
         name=path.resolve().name,
         path=path.resolve(),
         is_distilled=distilled,
+        default_side_px=_default_side_px(config.vae),
         default_steps=DISTILLED_STEPS if distilled else BASE_STEPS,
         default_guidance=None if distilled else BASE_GUIDANCE,
         parameters={report.component: report.parameters for report in reports},
@@ -94,3 +96,9 @@ def load_components(
         load=reports,
     )
     return Components(info, config, tokenizer, encoder, transformer, vae)
+
+
+def _default_side_px(vae: VaeConfig) -> int:
+    """What the model is made for, but no more than is drawn in reasonable time everywhere."""
+    whole = vae.sample_side_px // SIZE_MULTIPLE * SIZE_MULTIPLE
+    return min(max(whole, MIN_SIDE_PX), LARGEST_DEFAULT_SIDE_PX)

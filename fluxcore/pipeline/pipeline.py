@@ -131,14 +131,17 @@ class FluxPipeline:
 
     def warm_up(
         self,
-        sizes: Sequence[tuple[int, int]] = ((256, 256),),
+        sizes: Sequence[tuple[int, int]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Draw one picture of one step of each (width, height), so that first jobs are not slow.
 
         Args:
+            sizes: None for the model's default size.
             progress: called with (sizes done, sizes wanted).
         """
+        if sizes is None:
+            sizes = ((self.info.default_side_px, self.info.default_side_px),)
         for done, (width, height) in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))

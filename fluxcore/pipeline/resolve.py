@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluxcore.errors import InvalidParamsError
 from fluxcore.fitting import fitted_size
-from fluxcore.params import DEFAULT_SIDE_PX, MAX_SIDE_PX, SIZE_MULTIPLE, GenerationParams
+from fluxcore.params import MAX_SIDE_PX, SIZE_MULTIPLE, GenerationParams
 from fluxcore.pipeline.result import ModelInfo, PreparedJob, ResolvedParams
 from fluxcore.pipeline.schedule import sigmas
 
@@ -21,7 +21,7 @@ def resolve(request: GenerationParams, info: ModelInfo, seed: int) -> PreparedJo
         InvalidParamsError: naming the field.
     """
     warnings: list[str] = []
-    width, height = _size(request)
+    width, height = _size(request, info.default_side_px)
     steps = request.steps or info.default_steps
     guidance = _guidance(request, info, warnings)
     if width * height > LARGEST_USEFUL_AREA:
@@ -44,9 +44,9 @@ def resolve(request: GenerationParams, info: ModelInfo, seed: int) -> PreparedJo
     return PreparedJob(request, params, warnings)
 
 
-def _size(request: GenerationParams) -> tuple[int, int]:
+def _size(request: GenerationParams, default_side_px: int) -> tuple[int, int]:
     """(width, height) in pixels: as asked, else of the first reference, else the default."""
-    width, height = DEFAULT_SIDE_PX, DEFAULT_SIDE_PX
+    width, height = default_side_px, default_side_px
     if request.references:
         width, height = fitted_size(request.references[0])
         if max(request.width or width, request.height or height) > MAX_SIDE_PX:

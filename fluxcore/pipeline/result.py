@@ -23,6 +23,7 @@ class ModelInfo:
     Attributes:
         name: the directory's name, for display only.
         is_distilled: few steps, no guidance.
+        default_side_px: width and height of a picture of which neither is asked.
         parameters: loaded parameters per component.
         weight_bytes: bytes that all weights take on the device.
         load: one report per component.
@@ -31,6 +32,7 @@ class ModelInfo:
     name: str
     path: Path
     is_distilled: bool
+    default_side_px: int
     default_steps: int
     default_guidance: float | None
     parameters: Mapping[str, int]

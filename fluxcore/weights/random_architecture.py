@@ -73,7 +73,11 @@ class TextEncoderShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeShape:
-    """Sizes of the autoencoder. ``decoder_block_out_channels`` is set where the decoder differs."""
+    """Sizes of the autoencoder.
+
+    ``decoder_block_out_channels`` is set where the decoder differs; ``sample_size`` is the
+    side, in pixels, of the pictures that the model is made for.
+    """
 
     block_out_channels: tuple[int, ...]
     decoder_block_out_channels: tuple[int, ...] | None = None
@@ -84,6 +88,7 @@ class VaeShape:
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     batch_norm_eps: float = 1e-4
+    sample_size: int = 1024
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
@@ -335,7 +340,7 @@ def vae_config(architecture: Architecture) -> dict[str, Any]:
         "norm_num_groups": shape.norm_num_groups,
         "out_channels": 3,
         "patch_size": list(PATCH_SIZE),
-        "sample_size": 1024,
+        "sample_size": shape.sample_size,
         "up_block_types": ["UpDecoderBlock2D"] * blocks,
         "use_post_quant_conv": shape.use_post_quant_conv,
         "use_quant_conv": shape.use_quant_conv,

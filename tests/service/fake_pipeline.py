@@ -22,6 +22,8 @@ from fluxcore.errors import (
 from fluxcore.params import GenerationParams
 
 WAIT_S = 30.0
+# What it draws when it is warmed up without being told sizes.
+OWN_SIZE = (48, 48)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,10 @@ class FakePipeline:
 
     def warm_up(
         self,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int]] | None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        sizes = (OWN_SIZE,) if sizes is None else sizes
         for done, size in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))

@@ -10,9 +10,16 @@ from starlette.testclient import TestClient
 
 from app.engine import Engine
 from app.main import create_app, create_engine, serve
+from app.settings import Settings
 from fluxcore.version import __version__
 from tests.service.conftest import Start, StartLive, error_of, settings_for_tests, wait_until
-from tests.service.fake_pipeline import FakePipeline, failing_loader, loader_of, slow_loader
+from tests.service.fake_pipeline import (
+    OWN_SIZE,
+    FakePipeline,
+    failing_loader,
+    loader_of,
+    slow_loader,
+)
 
 
 def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive) -> None:
@@ -55,6 +62,10 @@ def test_the_configured_sizes_are_drawn_before_ready(start: Start) -> None:
     pipeline = FakePipeline()
     start(pipeline, warm_up_sizes=("64x64", "128x64"))
     assert pipeline.warmed == [(64, 64), (128, 64)]
+
+    pipeline = FakePipeline()
+    start(pipeline, warm_up_sizes=Settings().warm_up_sizes)
+    assert pipeline.warmed == [OWN_SIZE], "by default the size that the model draws by default"
 
 
 def test_health_tells_what_runs_where(start: Start) -> None:

@@ -90,7 +90,7 @@ def test_each_job_leaves_one_info_line_without_its_prompt(start_live: StartLive)
     text = stream.getvalue()
     (line,) = [line for line in text.splitlines() if "job done" in line]
     assert "private" not in text and "crow" not in text
-    for part in ("INFO", "size=128x512", "n=1", "steps=3", "seed=7", "cache_hit=no", "[req_"):
+    for part in ("INFO", "size=128x64", "n=1", "steps=3", "seed=7", "cache_hit=no", "[req_"):
         assert part in line
     for stage in ("queue", "text", "denoise", "decode", "pack", "total"):
         assert re.search(rf" {stage}_ms=\d+\.\d", line)

@@ -416,9 +416,11 @@ def test_warming_up_draws_each_size_and_tells(pipe: FluxPipeline) -> None:
         lambda _, __, output: tokens.append(output.shape[1])
     )
     pipe.warm_up(sizes=((64, 64), (64, 80)), progress=lambda *done: told.append(done))
-    hook.remove()
     assert told == [(0, 2), (1, 2), (2, 2)]
     assert tokens == [16, 20], "one step each"
+    pipe.warm_up()
+    hook.remove()
+    assert tokens[2:] == [32 * 32], "512 x 512, which this model draws by default"
 
 
 @pytest.mark.parametrize(("dtype", "mean"), [("bfloat16", 5.0), ("float16", 0.5)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fluxcore.errors import InvalidParamsError
 from fluxcore.pipeline import ModelInfo, PreparedJob
 from fluxcore.pipeline.resolve import resolve
 from fluxcore.pipeline.schedule import sigmas
+from tests.unit.checkpoint_copies import copy_checkpoint, edit_json
 
 
 @pytest.fixture
@@ -41,6 +43,21 @@ def test_a_distilled_model_draws_512_by_512_in_4_steps_unguided(distilled: Model
     assert (params.width, params.height, params.steps, params.guidance) == (512, 512, 4, None)
     assert (params.seeds, params.start_step, params.schedule) == ((9,), 0, "flux")
     assert params.sigmas == tuple(sigmas("flux", 4, 1024, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "side"), [(1024, 512), (512, 512), (256, 256), (250, 240), (32, 64)]
+)
+def test_a_model_made_for_small_pictures_draws_those(
+    tiny_checkpoint: Path, tmp_path: Path, sample_size: int, side: int
+) -> None:
+    small = copy_checkpoint(tiny_checkpoint, tmp_path / "small", "vae")
+    edit_json(small / "vae" / "config.json", {"sample_size": sample_size})
+    info = FluxPipeline.load(small, device="cpu", dtype="float32").info
+    params = job(info).params
+    assert (params.width, params.height) == (side, side)
+    params = job(info, width=640).params
+    assert (params.width, params.height) == (640, side)
 
 
 def test_a_base_model_takes_50_steps_and_guidance_4(base: ModelInfo) -> None:

@@ -112,6 +112,7 @@ def test_downsampling_pads_on_the_right_and_below_only() -> None:
 def test_a_decoder_of_other_widths_fits_the_same_latents() -> None:
     """As FLUX.2-small-decoder has."""
     config = VaeConfig(
+        sample_side_px=1024,
         image_channels=3,
         latent_channels=8,
         encoder_channels=(8, 8, 16, 16),
