@@ -3,22 +3,13 @@
 #
 #   PYTHON  interpreter that makes the environment    (default: the first fit one on PATH)
 #   VENV    the environment's directory               (default: .venv)
-#   MODEL   checkpoint directory for `make serve`     (default: a random tiny one)
+#   MODEL   checkpoint directory for `make serve`     (default: the bundled one)
 #   ARGS    more arguments for serve and the tests    (make test ARGS="-k schedule")
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TINY := .models/tiny
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
-
-ifeq ($(strip $(MODEL)),)
-SERVED := $(TINY)
-NEEDED := $(TINY)/model_index.json
-else
-SERVED := $(MODEL)
-NEEDED :=
-endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,8 +23,8 @@ help: ## Show this list
 install: $(INSTALLED) ## Make the environment and install everything into it
 
 # "exec", so that a signal that ends make ends the service, too.
-serve: $(INSTALLED) $(NEEDED) ## Start the service (MODEL=directory; without: a random tiny model)
-	exec $(BIN)/fluxd serve --model "$(SERVED)" $(ARGS)
+serve: $(INSTALLED) ## Start the service (MODEL=directory; without: the bundled model)
+	exec $(BIN)/fluxd serve $(if $(strip $(MODEL)),--model "$(MODEL)") $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest $(ARGS)
@@ -54,8 +45,8 @@ format: $(INSTALLED) ## Format the code and apply the safe fixes
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean: ## Remove the environment, the random models and all caches
-	rm -rf "$(VENV)" .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## Remove the environment and all caches
+	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	rm -rf .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -75,11 +66,3 @@ $(BIN)/python:
 	done; \
 	echo "no Python 3.11 or newer among: $(CANDIDATES); name one: make PYTHON=/path/to/python3" >&2; \
 	exit 1
-
-# Written beside its place and then moved, so that a half-written one is never served.
-$(TINY)/model_index.json: $(wildcard fluxcore/weights/random_*.py) | $(INSTALLED)
-	rm -rf $(TINY) $(TINY).partial
-	@mkdir -p $(dir $(TINY))
-	$(BIN)/fluxd random-checkpoint $(TINY).partial --preset tiny
-	mv $(TINY).partial $(TINY)
-	@touch $@

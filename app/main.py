@@ -24,6 +24,7 @@ from app.api.middleware import RequestContext
 from app.api.status import status_routes
 from app.engine import Engine, Loader, LoadStep, Pipeline
 from app.settings import Settings, SettingsError
+from fluxcore.bundled import BUNDLED_NAME
 from fluxcore.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,22 @@ LISTEN_BACKLOG = 512
 # Time for the last answers to be written once no job runs, in seconds.
 LAST_ANSWERS_S = 5
 
+# Said wherever the bundled model is used because no other was named.
+BUNDLED_NOTE = (
+    f"no model is named: using the bundled {BUNDLED_NAME}, which draws coloured shapes, not "
+    "photographs; for the real one give --model path/to/FLUX.2-klein-4B"
+)
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 
 
-def pipeline_loader(model: Path, settings: Settings) -> Loader:
-    """How the engine gets its pipeline; the framework is imported on its thread."""
+def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
+    """How the engine gets its pipeline; the framework is imported on its thread.
+
+    Args:
+        model: checkpoint directory; None for the bundled model.
+    """
 
     def load(progress: Callable[[LoadStep], None]) -> Pipeline:
         from fluxcore import FluxPipeline
@@ -172,17 +183,14 @@ def serve(settings: Settings, engine: Engine) -> int:
 
 
 def serve_checkpoint(settings: Settings) -> int:
-    """Load the checkpoint of the settings and serve it; see ``serve``.
+    """Load the checkpoint of the settings, else the bundled one, and serve it; see ``serve``.
 
     Raises:
-        SettingsError: no model is set, or it cannot listen on the address.
+        SettingsError: it cannot listen on the address.
     """
-    if settings.model is None:
-        raise SettingsError(
-            "no model is set; give its directory with --model DIR, FLUXD_MODEL or in the settings "
-            "file ('fluxd random-checkpoint DIR' writes one to try things out)"
-        )
     telemetry.configure_logging(settings.log_level, settings.log_format)
+    if settings.model is None:
+        logger.info(BUNDLED_NOTE)
     return serve(settings, create_engine(settings, pipeline_loader(settings.model, settings)))
 
 

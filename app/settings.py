@@ -46,7 +46,8 @@ class Settings(BaseModel):
 
     model: Path | None = Field(
         default=None,
-        description="Checkpoint directory in the Hugging Face layout (model_index.json, ...).",
+        description="Checkpoint directory in the Hugging Face layout (model_index.json, ...). "
+        "Left out: the bundled fluxd-demo, which draws shapes.",
     )
     device: str = Field(
         default="auto",

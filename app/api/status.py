@@ -38,6 +38,7 @@ def status_routes(engine: Engine, settings: Settings) -> APIRouter:
             "status": "ok" if status.is_alive else "failed",
             "state": status.state,
             "model": status.model,
+            "bundled": status.is_bundled,
             "device": status.device,
             "version": __version__,
             "uptime_s": round(time.monotonic() - started_s, 3),

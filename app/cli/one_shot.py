@@ -19,8 +19,8 @@ from app.engine.contract import LoadStep, Pipeline, Result
 from app.engine.metadata import provenance
 from app.engine.packing import Packing, PictureFormat, pack_picture
 from app.engine.pictures import PictureError, read_mask, read_picture
-from app.main import pipeline_loader
-from app.settings import Settings, SettingsError
+from app.main import BUNDLED_NOTE, pipeline_loader
+from app.settings import Settings
 from app.telemetry import configure_logging
 from fluxcore.params import GenerationParams
 
@@ -49,17 +49,14 @@ def draw(wanted: Wanted, settings: Settings) -> None:
     """Run the command.
 
     Raises:
-        UsageError, InvalidParamsError, SettingsError: the request cannot work.
+        UsageError, InvalidParamsError: the request cannot work.
         FluxError, OSError: loading, drawing or writing failed.
     """
     configure_logging("error" if settings.log_level == "error" else "warning", settings.log_format)
     params = _params(wanted, settings)
     packing = Packing(_output_format(wanted.output, params.n), wanted.quality)
     if settings.model is None:
-        raise SettingsError(
-            "no model is set; give its directory with --model DIR, FLUXD_MODEL or in the settings "
-            "file ('fluxd random-checkpoint DIR' writes one to try things out)"
-        )
+        say(BUNDLED_NOTE)
     started_s = time.monotonic()
     pipeline = _load(settings.model, settings)
     load_ms = (time.monotonic() - started_s) * 1000
@@ -145,7 +142,7 @@ def _paths(output: str, n: int) -> Sequence[Path | None]:
     return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, n + 1)]
 
 
-def _load(model: Path, settings: Settings) -> Pipeline:
+def _load(model: Path | None, settings: Settings) -> Pipeline:
     with load_progress() as report:
 
         def progress(step: LoadStep) -> None:

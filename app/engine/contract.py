@@ -30,6 +30,8 @@ class Model(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def is_bundled(self) -> bool: ...
 
 
 class Device(Protocol):

@@ -46,6 +46,8 @@ class EngineStatus:
         state: loading, warming_up, ready, draining, stopped or failed.
         is_alive: the worker runs and the device draws pictures.
         startup: how far getting ready has come.
+        model: its name; None while loading.
+        is_bundled: whether it is the one that ships with the package; None while loading.
         device: what the runtime says of itself; empty while loading.
     """
 
@@ -54,6 +56,7 @@ class EngineStatus:
     is_ready: bool
     startup: Startup
     model: str | None
+    is_bundled: bool | None
     device: dict[str, str]
     queue_depth: int
     running: int
@@ -156,6 +159,7 @@ class Engine:
             is_ready=state == WorkerState.READY and worker.is_alive,
             startup=worker.startup,
             model=None if pipeline is None else pipeline.info.name,
+            is_bundled=None if pipeline is None else pipeline.info.is_bundled,
             device={} if pipeline is None else pipeline.runtime.describe(),
             queue_depth=self._scheduler.depth,
             running=0 if self._scheduler.running is None else 1,

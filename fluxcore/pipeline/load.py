@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxcore.bundled import is_bundled
 from fluxcore.config import (
     CheckpointConfig,
     Qwen3Config,
@@ -87,6 +88,7 @@ def load_components(
     info = ModelInfo(
         name=path.resolve().name,
         path=path.resolve(),
+        is_bundled=is_bundled(path),
         is_distilled=distilled,
         default_side_px=_default_side_px(config.vae),
         default_steps=DISTILLED_STEPS if distilled else BASE_STEPS,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fluxcore.bundled import bundled_model
 from fluxcore.config import CheckpointConfig
 from fluxcore.errors import DeviceFaultError
 from fluxcore.params import GenerationParams
@@ -104,7 +105,7 @@ class FluxPipeline:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[LoadProgress], None] | None = None,
@@ -113,7 +114,8 @@ class FluxPipeline:
         """Load a checkpoint directory onto a device.
 
         Args:
-            path: a directory in the layout of black-forest-labs/FLUX.2-klein-4B.
+            path: a directory in the layout of black-forest-labs/FLUX.2-klein-4B; None
+                for the bundled model, which draws shapes.
             device: auto, cpu, cuda, cuda:N or mps.
             dtype: auto, float32, bfloat16 or float16.
             progress: called after every tensor.
@@ -126,7 +128,8 @@ class FluxPipeline:
         """
         runtime = choose_runtime(device, dtype)
         with translated_errors():
-            components = load_components(Path(path), runtime, progress)
+            directory = bundled_model() if path is None else Path(path)
+            components = load_components(directory, runtime, progress)
         return cls(components, runtime, conditioning_cache_bytes)
 
     def warm_up(

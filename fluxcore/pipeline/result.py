@@ -22,6 +22,7 @@ class ModelInfo:
 
     Attributes:
         name: the directory's name, for display only.
+        is_bundled: it is the one that ships with the package.
         is_distilled: few steps, no guidance.
         default_side_px: width and height of a picture of which neither is asked.
         parameters: loaded parameters per component.
@@ -31,6 +32,7 @@ class ModelInfo:
 
     name: str
     path: Path
+    is_bundled: bool
     is_distilled: bool
     default_side_px: int
     default_steps: int

@@ -25,13 +25,15 @@ class Served:
 
 
 @contextmanager
-def serve(model: Path, **settings: str) -> Iterator[Served]:
-    """Start it, wait until it is ready, and end it afterwards."""
+def serve(model: Path | None = None, **settings: str) -> Iterator[Served]:
+    """Start it with a model or the bundled one, wait until it is ready, and end it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "fluxd"), "serve", "--model", str(model)]
-    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    command = [str(Path(sys.executable).parent / "fluxd"), "serve", "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    if model is not None:
+        command += ["--model", str(model)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     process = subprocess.Popen(command)

@@ -23,8 +23,8 @@ CURLS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.S) if "cur
 
 
 @pytest.fixture(scope="module")
-def served(tiny_checkpoint: Path) -> Iterator[Served]:
-    with serve(tiny_checkpoint) as running:
+def served() -> Iterator[Served]:
+    with serve() as running:
         yield running
 
 
@@ -91,6 +91,7 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
         assert (tmp_path / written[1]).read_bytes() != picture.getvalue()
         with Image.open(tmp_path / written[1]) as image:
             assert image.format == "PNG"
-            assert "Seed: " in image.text["parameters"]  # type: ignore[attr-defined]
+            made = image.text["parameters"]  # type: ignore[attr-defined]
+            assert "Seed: " in made and "Model: fluxd-demo" in made
     else:
         assert json.JSONDecoder().raw_decode(done.stdout)[0]

@@ -29,6 +29,7 @@ OWN_SIZE = (48, 48)
 @dataclass(frozen=True)
 class FakeModel:
     name: str = "fake-model"
+    is_bundled: bool = False
 
 
 @dataclass

@@ -113,10 +113,3 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tiny_checkpoint: Path) 
             assert server.output.startswith(f"fluxd: cannot listen on 127.0.0.1 port {port}: ")
             assert "--port" in server.output
         assert time.monotonic() - started_s < PATIENCE_S
-
-
-def test_serving_needs_a_model() -> None:
-    with ServerProcess(*FLUXD, "serve") as server:
-        assert server.status() == 2
-        assert server.output.startswith("fluxd: no model is set; ")
-        assert "--model DIR" in server.output and len(server.lines) == 1

@@ -35,7 +35,8 @@ def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive)
         assert (body["status"], body["stage"], body["progress"]) == ("loading", "transformer", 0.5)
 
         health = client.get("/health")
-        assert (health.status_code, health.json()["model"]) == (200, None)
+        assert health.status_code == 200
+        assert (health.json()["model"], health.json()["bundled"]) == (None, None)
 
         refused = client.post("/v1/generate", json={"prompt": "too early"})
         assert (refused.status_code, error_of(refused)["code"]) == (503, "loading")
@@ -72,7 +73,7 @@ def test_health_tells_what_runs_where(start: Start) -> None:
     health = start().get("/health").json()
     assert health["status"] == "ok"
     assert health["state"] == "ready"
-    assert health["model"] == "fake-model"
+    assert (health["model"], health["bundled"]) == ("fake-model", False)
     assert health["device"] == {"device": "fake"}
     assert health["version"] == __version__
     assert health["uptime_s"] >= 0
