@@ -122,6 +122,7 @@ def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes:
     file_of: dict[str, str] = {}
     for name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
         save_file(dict(shard), directory / name, metadata={"format": "pt"})
+        (directory / name).chmod(0o644)  # the library lets nobody but the owner read it
         file_of |= {key: name for key, _ in shard}
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())

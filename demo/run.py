@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fluxcore import FluxPipeline
+
 
 @dataclass(slots=True)
 class Run:
@@ -165,7 +167,16 @@ def save(path: Path, **modules: nn.Module) -> None:
 
 
 def load(path: Path, **modules: nn.Module) -> None:
-    """Undo ``save``; a file with more networks than asked for is fine."""
-    states = torch.load(path, map_location="cpu", weights_only=True)
+    """Undo ``save``; a file with more networks than asked for is fine.
+
+    Args:
+        path: a file that ``save`` wrote, or a checkpoint directory, to go on from what ships.
+        modules: transformer, text_encoder and vae, whichever are wanted.
+    """
+    if path.is_dir():
+        pipe = FluxPipeline.load(path, device="cpu", dtype="float32")
+        states = {name: getattr(pipe, name).state_dict() for name in modules}
+    else:
+        states = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in modules.items():
         module.load_state_dict({key: value.float() for key, value in states[name].items()})
