@@ -6,13 +6,16 @@ so that nothing here imports a framework.
 
 from app.engine.contract import Loader, LoadStep, Pipeline
 from app.engine.engine import Engine, EngineStatus
-from app.engine.jobs import Job, JobOutcome
+from app.engine.events import JobEvent, Preview, Queued, Settled, Started, StepDone
+from app.engine.jobs import Job, JobOptions, JobOutcome, Priority
 from app.engine.packing import PackedPicture, Packing, PictureFormat
 
 __all__ = [
     "Engine",
     "EngineStatus",
     "Job",
+    "JobEvent",
+    "JobOptions",
     "JobOutcome",
     "LoadStep",
     "Loader",
@@ -20,4 +23,10 @@ __all__ = [
     "Packing",
     "PictureFormat",
     "Pipeline",
+    "Preview",
+    "Priority",
+    "Queued",
+    "Settled",
+    "Started",
+    "StepDone",
 ]

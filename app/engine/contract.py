@@ -50,6 +50,17 @@ class Resolved(Protocol):
     def steps(self) -> int: ...
     @property
     def guidance(self) -> float | None: ...
+    @property
+    def seeds(self) -> Sequence[int]: ...
+    @property
+    def start_step(self) -> int: ...
+
+
+class Prepared(Protocol):
+    """A request that fits the model."""
+
+    @property
+    def params(self) -> Resolved: ...
 
 
 class Result(Protocol):
@@ -73,8 +84,17 @@ class Result(Protocol):
     def peak_bytes(self) -> int: ...
 
 
+class Denoised(Protocol):
+    """The latents after one Euler step."""
+
+    def predicted_clean(self) -> Any: ...
+
+
 class Slice(Protocol):
-    """One slice of a job that is done, after which the job may be abandoned."""
+    """One slice of a job that is done, after which the job may be abandoned.
+
+    ``denoise_step`` is None in stages other than denoising.
+    """
 
     @property
     def stage(self) -> str: ...
@@ -84,6 +104,8 @@ class Slice(Protocol):
     def step(self) -> int: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def denoise_step(self) -> Denoised | None: ...
 
 
 class Pipeline(Protocol):
@@ -100,9 +122,11 @@ class Pipeline(Protocol):
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
 
-    def prepare(self, params: GenerationParams) -> Any: ...
+    def prepare(self, params: GenerationParams) -> Prepared: ...
 
     def run(self, params: GenerationParams) -> Generator[Slice, None, Result]: ...
+
+    def decode(self, latents: Any, width: int, height: int) -> Image.Image: ...
 
 
 # Loads the pipeline on the thread that calls it, reporting after every tensor.

@@ -6,6 +6,7 @@ error a job gets that none of them can run. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -13,9 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from PIL import Image
+
 from app import telemetry
-from app.engine.contract import Loader, Pipeline, Result
-from app.engine.jobs import Job, JobOutcome
+from app.engine.contract import Loader, Pipeline, Result, Slice
+from app.engine.events import Preview
+from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
 from app.engine.metadata import provenance
 from app.engine.packing import PackedPicture, Packing, PackingPool
 from app.engine.scheduler import Scheduler
@@ -86,6 +90,7 @@ class Engine:
             self._scheduler,
             warm_up_sizes=warm_up_sizes,
             on_drawn=self._drawn,
+            on_preview=self._previewed,
             on_failed=self._failed,
             on_end=self._worker_ended,
         )
@@ -122,15 +127,25 @@ class Engine:
         self._pipeline()
         self._scheduler.check()
 
-    def submit(self, params: GenerationParams, packing: Packing, request_id: str) -> Job:
+    def submit(
+        self,
+        params: GenerationParams,
+        packing: Packing,
+        request_id: str,
+        options: JobOptions = DEFAULT_OPTIONS,
+    ) -> Job:
         """Accept a request, or refuse it at once.
+
+        Where ``params`` has no seed, one is drawn now and stands in the job's.
 
         Raises:
             InvalidParamsError: it does not fit the loaded model.
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
-        self._pipeline().prepare(params)
-        job = Job(params, packing, request_id)
+        resolved = self._pipeline().prepare(params).params
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=resolved.seeds[0])
+        job = Job(params, resolved, packing, request_id, options)
         if not self._scheduler.admit(job):
             raise self._shutting_down()
         logger.debug("prompt: %s", params.prompt)
@@ -224,8 +239,8 @@ class Engine:
         drawn_s = time.monotonic()
         model = self._model_name()
         made = [
-            (image, provenance(job.params, result, index, model))
-            for index, image in enumerate(result.images)
+            (image, provenance(job.params, result.params, seed, model))
+            for image, seed in zip(result.images, result.seeds, strict=True)
         ]
 
         def deliver(packed: list[Future[PackedPicture]]) -> None:
@@ -240,6 +255,25 @@ class Engine:
             telemetry.request_id.reset(token)
 
         self._packers.pack(made, job.packing, deliver)
+
+    def _previewed(self, job: Job, done: Slice, picture: Image.Image) -> None:
+        """Pack a preview while the next step runs. One that comes too late is not shown."""
+        seed = job.resolved.seeds[done.image_index]
+        made = provenance(job.params, job.resolved, seed, self._model_name())
+
+        def deliver(packed: list[Future[PackedPicture]]) -> None:
+            (preview,) = packed
+            broken = preview.exception()
+            if broken is not None:
+                logger.error(
+                    "packing a preview failed",
+                    exc_info=broken,
+                    extra={"request_id": job.request_id},
+                )
+            else:
+                job.events.emit(Preview(done.image_index, done.step, preview.result()))
+
+        self._packers.pack([(picture, made)], job.packing, deliver)
 
     def _packed(
         self, job: Job, result: Result, pictures: tuple[PackedPicture, ...], pack_ms: float

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 
 from app.engine.contract import Resolved
+from app.engine.events import EventLog, Listener, Queued, Settled, Started
 from app.engine.packing import PackedPicture, Packing
 from app.errors import ServiceError
 from fluxcore.params import GenerationParams
@@ -25,6 +27,31 @@ class JobState(StrEnum):
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
+
+
+class Priority(StrEnum):
+    """How a job stands to others; within a class the shortest goes first."""
+
+    INTERACTIVE = "interactive"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """How a job is to be treated; what it draws does not depend on it.
+
+    Attributes:
+        previews: pictures of what is coming to be made while denoising, per image at most.
+        priority: the class it waits in.
+        deadline_s: after so many seconds from its acceptance the job is cancelled.
+        client: who asked, so that no client takes the whole service.
+    """
+
+    previews: int = 0
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
+    client: str = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +72,38 @@ class JobOutcome:
     peak_bytes: int
 
 
+DEFAULT_OPTIONS = JobOptions()
+
+
 class Job:
     """One accepted request.
 
     Attributes:
-        params: what to draw.
+        params: what to draw; the seed stands in it, so that the job can be run again.
+        resolved: the same with every default of the model filled in.
         packing: how to write the pictures.
         request_id: names the job in logs and answers.
+        options: how to treat it.
         future: gets the outcome or a ``ServiceError``, once.
+        events: what becomes of it, for those who watch.
     """
 
-    def __init__(self, params: GenerationParams, packing: Packing, request_id: str) -> None:
+    def __init__(
+        self,
+        params: GenerationParams,
+        resolved: Resolved,
+        packing: Packing,
+        request_id: str,
+        options: JobOptions = DEFAULT_OPTIONS,
+    ) -> None:
         self.params = params
+        self.resolved = resolved
         self.packing = packing
         self.request_id = request_id
+        self.options = options
+        self.events = EventLog()
+        # Asks the scheduler for the job's present place.
+        self.place: Callable[[], Queued | None] = lambda: None
         self.future: Future[JobOutcome] = Future()
         # From here on nobody but this job can settle it: a waiter that goes away
         # would otherwise cancel the future under the worker's hands.
@@ -79,10 +124,21 @@ class Job:
         """Whether it has been answered."""
         return self.future.done()
 
+    def watch(self, listener: Listener) -> Callable[[], None]:
+        """Tell ``listener`` how the job stands and then what becomes of it.
+
+        It is called from the engine's threads, one event at a time, and must not block.
+
+        Returns:
+            A function that ends the watching.
+        """
+        return self.events.watch(listener, self.place())
+
     def start(self) -> None:
         """The worker takes the job up."""
         self.state = JobState.RUNNING
         self.started_s = time.monotonic()
+        self.events.emit(Started())
 
     def cancel(self, reason: ServiceError) -> None:
         """Ask a running job to stop; the first reason given stays."""
@@ -96,6 +152,7 @@ class Job:
                 return False
             self.state = JobState.COMPLETED
             self.future.set_result(outcome)
+        self.events.emit(Settled())
         return True
 
     def fail(self, error: ServiceError) -> bool:
@@ -105,4 +162,5 @@ class Job:
                 return False
             self.state = JobState.FAILED
             self.future.set_exception(error)
+        self.events.emit(Settled())
         return True

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 
+from app.engine.events import Queued
 from app.engine.jobs import Job
 from app.errors import QueueFullError
 
@@ -69,7 +70,9 @@ class Scheduler:
                 return False
             self._waiting.append(job)
             self._changed.notify()
-            return True
+        job.place = lambda: self._place(job)
+        job.events.emit(self._place(job) or Queued(1, 0.0))
+        return True
 
     def take(self) -> Job | None:
         """Wait for the next job; None once the scheduler is closed and empty."""
@@ -78,9 +81,10 @@ class Scheduler:
                 self._changed.wait()
             if not self._waiting:
                 return None
-            self._running = self._waiting.popleft()
+            taken = self._running = self._waiting.popleft()
             self._slot_freed()
-            return self._running
+        self._tell_places()
+        return taken
 
     def finished(self, job: Job, *, is_measured: bool) -> None:
         """The worker is done with the job; ``is_measured`` if it ran to its end."""
@@ -99,7 +103,8 @@ class Scheduler:
                 return False
             self._waiting.remove(job)
             self._slot_freed()
-            return True
+        self._tell_places()
+        return True
 
     def close(self) -> list[Job]:
         """Admit nothing more and hand back what waits; ``take`` ends after the running job."""
@@ -109,6 +114,23 @@ class Scheduler:
             self._waiting.clear()
             self._changed.notify_all()
             return left
+
+    def _place(self, job: Job) -> Queued | None:
+        with self._changed:
+            if job not in self._waiting:
+                return None
+            ahead = self._waiting.index(job)
+            mean_s = self._mean_job_s
+            return Queued(ahead + 1, None if mean_s is None else mean_s * (ahead + 1))
+
+    def _tell_places(self) -> None:
+        """Outside the lock: listeners may hold locks of their own."""
+        with self._changed:
+            watched = [job for job in self._waiting if job.events.is_watched]
+        for job in watched:
+            place = self._place(job)
+            if place is not None:
+                job.events.emit(place)
 
     def _check(self) -> None:
         if len(self._waiting) < self._limit:

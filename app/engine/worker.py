@@ -13,9 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from PIL import Image
+
 from app import telemetry
-from app.engine.contract import Loader, LoadStep, Pipeline, Result
+from app.engine.contract import Loader, LoadStep, Pipeline, Result, Slice
+from app.engine.events import StepDone
 from app.engine.jobs import Job
+from app.engine.previews import Previewer
 from app.engine.scheduler import Scheduler
 from app.errors import ServiceError, as_service_error
 from fluxcore.errors import DeviceFaultError, FluxError, OutOfMemoryError
@@ -52,6 +56,7 @@ class Worker:
         load: makes the pipeline; called on the thread.
         warm_up_sizes: (width, height) of the pictures to draw before being ready.
         on_drawn: takes a finished job's result, still on the thread.
+        on_preview: takes a preview, still on the thread.
         on_failed: takes a job that ended without one.
         on_end: called last, when no more jobs will be taken.
     """
@@ -63,6 +68,7 @@ class Worker:
         *,
         warm_up_sizes: tuple[tuple[int, int], ...],
         on_drawn: Callable[[Job, Result], None],
+        on_preview: Callable[[Job, Slice, Image.Image], None],
         on_failed: Callable[[Job, ServiceError], None],
         on_end: Callable[[], None],
     ) -> None:
@@ -70,6 +76,7 @@ class Worker:
         self._scheduler = scheduler
         self._warm_up_sizes = warm_up_sizes
         self._on_drawn = on_drawn
+        self._on_preview = on_preview
         self._on_failed = on_failed
         self._on_end = on_end
         self._stopping = threading.Event()
@@ -199,14 +206,28 @@ class Worker:
     def _run_slices(self, job: Job, pipeline: Pipeline) -> Result:
         """Step through the job, stopping between slices when it is cancelled."""
         slices = pipeline.run(job.params)
+        previewer = Previewer(job, pipeline)
+        began_s = time.monotonic()
         try:
             while True:
                 if job.cancelled is not None:
                     raise job.cancelled
                 try:
-                    next(slices)
+                    done = next(slices)
                 except StopIteration as end:
                     result: Result = end.value
                     return result
+                if done.stage == "denoise":
+                    job.events.emit(_step_done(job, done, time.monotonic() - began_s))
+                preview = previewer.picture_after(done)
+                if preview is not None:
+                    self._on_preview(job, done, preview)
         finally:
             slices.close()
+
+
+def _step_done(job: Job, done: Slice, spent_s: float) -> StepDone:
+    per_image = done.steps - job.resolved.start_step
+    run = done.image_index * per_image + done.step - job.resolved.start_step
+    left = len(job.resolved.seeds) * per_image - run
+    return StepDone(done.image_index, done.step, done.steps, eta_s=spent_s / run * left)

@@ -7,7 +7,7 @@ that way; any other prompt draws a grey picture, slice by slice, while ``gate`` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -46,6 +46,23 @@ class FakeResolved:
     height: int
     steps: int
     guidance: float | None
+    seeds: Sequence[int] = (0,)
+    start_step: int = 0
+
+
+@dataclass(frozen=True)
+class FakePrepared:
+    params: FakeResolved
+
+
+@dataclass(frozen=True)
+class FakeDenoised:
+    """Its latents are a number that tells the image and the step."""
+
+    clean: int
+
+    def predicted_clean(self) -> int:
+        return self.clean
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class FakeSlice:
     image_index: int
     step: int
     steps: int
+    denoise_step: FakeDenoised | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,8 @@ class Unpackable(Image.Image):
 
 @dataclass
 class FakePipeline:
-    """See the module. ``ran``, ``ended`` and ``abandoned`` hold prompts, in order."""
+    """See the module. ``ran``, ``ended`` and ``abandoned`` hold prompts, in order;
+    ``slices`` holds (prompt, stage, image index, step) of all, ``decoded`` the previews."""
 
     info: FakeModel = field(default_factory=FakeModel)
     runtime: FakeDevice = field(default_factory=FakeDevice)
@@ -92,6 +111,9 @@ class FakePipeline:
     abandoned: list[str] = field(default_factory=list)
     warmed: list[tuple[int, int]] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    slices: list[tuple[str, str, int, int]] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+    undecodable: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -111,34 +133,59 @@ class FakePipeline:
                 progress(done, len(sizes))
             self.warmed.append(size)
 
-    def prepare(self, params: GenerationParams) -> None:
+    def prepare(self, params: GenerationParams) -> FakePrepared:
         if params.prompt == "unfit":
             raise InvalidParamsError("references", "references do not fit this model")
+        return FakePrepared(
+            FakeResolved(
+                width=params.width or 64,
+                height=params.height or 64,
+                steps=params.steps or 4,
+                guidance=params.guidance,
+                seeds=[(params.seed or 0) + i for i in range(params.n)],
+            )
+        )
 
     def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
-        prompt = params.prompt
+        prompt, resolved = params.prompt, self.prepare(params).params
         self.threads.add(threading.current_thread().name)
         self.ran.append(prompt)
         self.started.set()
-        steps = params.steps or 4
         try:
-            for step in range(steps + 1):
+            for done in _slices(resolved):
                 assert self.gate.wait(WAIT_S), "a test left the gate closed"
-                yield FakeSlice("denoise", 0, step, steps)
+                self.slices.append((prompt, done.stage, done.image_index, done.step))
+                yield done
                 _go_wrong(prompt)
         except GeneratorExit:
             self.abandoned.append(prompt)
             raise
         self.ended.append(prompt)
-        width, height = params.width or 64, params.height or 64
-        picture = Image.new("RGB", (width, height), "grey")
+        picture = Image.new("RGB", (resolved.width, resolved.height), "grey")
         return FakeResult(
             images=[Unpackable() if prompt == "unpackable" else picture] * params.n,
-            seeds=[(params.seed or 0) + i for i in range(params.n)],
+            seeds=resolved.seeds,
             timings={"text": 1.0, "denoise": 2.0, "decode": 3.0, "total": 6.0},
             warnings=[],
-            params=FakeResolved(width, height, steps, params.guidance),
+            params=resolved,
         )
+
+    def decode(self, latents: int, width: int, height: int) -> Image.Image:
+        """A picture whose shade is the number."""
+        self.decoded.append(latents)
+        if latents in self.undecodable:
+            raise DeviceFaultError("the device returned a picture of one constant colour")
+        return Image.new("RGB", (width, height), (latents, latents, latents))
+
+
+def _slices(resolved: FakeResolved) -> Iterator[FakeSlice]:
+    """What a real pipeline yields, in its order."""
+    steps = resolved.steps
+    yield FakeSlice("text", 0, 0, steps)
+    for image in range(len(resolved.seeds)):
+        for step in range(1, steps + 1):
+            yield FakeSlice("denoise", image, step, steps, FakeDenoised(100 * image + step))
+        yield FakeSlice("decode", image, steps, steps)
 
 
 def _go_wrong(prompt: str) -> None:

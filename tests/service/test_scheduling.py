@@ -277,7 +277,8 @@ def test_a_slice_that_never_ends_does_not_hold_up_the_end(
 
 
 def new_job() -> Job:
-    return Job(GenerationParams(prompt="x"), Packing(), "req")
+    params = GenerationParams(prompt="x")
+    return Job(params, FakePipeline().prepare(params).params, Packing(), "req")
 
 
 def retry_after_s(scheduler: Scheduler) -> float:
