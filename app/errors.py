@@ -9,6 +9,7 @@
     ├── NotAcceptableError        406  no format that both sides know
     ├── BodyTooLargeError         413
     ├── MediaTypeError            415
+    ├── IdempotencyError          422  the key stands for another request
     ├── QueueFullError            429  with Retry-After
     ├── ClientLeftError           499  nobody reads it; it ends the job
     ├── InternalError             500  a fault of ours, or the device's
@@ -130,6 +131,12 @@ class MediaTypeError(ServiceError):
     """The body is of a type that this address does not read."""
 
     status, type, code = 415, INVALID_REQUEST, "unsupported_media_type"
+
+
+class IdempotencyError(ServiceError):
+    """The Idempotency-Key of the request was given with another request before."""
+
+    status, type, code = 422, INVALID_REQUEST, "idempotency_key_reused"
 
 
 class QueueFullError(ServiceError):

@@ -1,0 +1,357 @@
+"""The records of accepted jobs, as questions and changes that each happen at once.
+
+Owns the tables and the rules of a job's status: it becomes final once and never
+changes again. Every method returns a future and none of them blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.engine import JobOutcome
+from app.errors import (
+    IdempotencyError,
+    NotFoundError,
+    QueueFullError,
+    ServiceError,
+)
+from app.jobs.database import Database
+from app.jobs.records import (
+    JobRecord,
+    JobStatus,
+    NewJob,
+    StoredRequest,
+    error_json,
+    outcome_json,
+)
+
+DATABASE_FILE = "jobs.sqlite3"
+# When a client may ask again that found too many jobs waiting, in seconds.
+LIMIT_RETRY_S = 30.0
+
+SCHEMA = (
+    """
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        client TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        status TEXT NOT NULL,
+        priority TEXT NOT NULL,
+        created_s REAL NOT NULL,
+        deadline_s REAL,
+        started_s REAL,
+        finished_s REAL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        request TEXT NOT NULL,
+        outcome TEXT,
+        error TEXT,
+        webhook TEXT,
+        input_bytes INTEGER NOT NULL,
+        result_bytes INTEGER NOT NULL DEFAULT 0,
+        idempotency_key TEXT,
+        fingerprint TEXT
+    );
+    CREATE INDEX jobs_by_client ON jobs (client, number);
+    CREATE INDEX jobs_by_status ON jobs (status, number);
+    CREATE UNIQUE INDEX jobs_by_key ON jobs (client, idempotency_key)
+        WHERE idempotency_key IS NOT NULL
+    """,
+)
+
+# Above every job's number.
+LAST_NUMBER = 2**63 - 1
+
+_UNFINISHED = f"status IN ('{JobStatus.QUEUED}', '{JobStatus.RUNNING}')"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait: jobs, and bytes of their input pictures."""
+
+    jobs: int
+    input_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job that was accepted, now or by an earlier request with the same key."""
+
+    record: JobRecord
+    is_repeat: bool
+
+
+class JobStore:
+    """See the module.
+
+    Args:
+        directory: where the database lies; must exist.
+        limits: how much may wait.
+
+    Raises:
+        SchemaError, sqlite3.Error: the database cannot be used.
+    """
+
+    def __init__(self, directory: Path, limits: Limits) -> None:
+        path = directory / DATABASE_FILE
+        # SQLite gives its other files the same mode: prompts are private.
+        path.touch(mode=0o600)
+        self._database = Database(path, SCHEMA)
+        self._limits = limits
+
+    def close(self) -> None:
+        """End after what has been asked for. Blocks."""
+        self._database.close()
+
+    def add(self, job: NewJob) -> Future[Accepted]:
+        """Accept a job; from then on it will be finished, whatever happens to the process.
+
+        Raises (from the future):
+            IdempotencyError: the key stands for another request.
+            QueueFullError: too much waits already.
+        """
+
+        def change(connection: sqlite3.Connection) -> Accepted:
+            known = _by_key(connection, job.client, job.idempotency_key, job.fingerprint)
+            if known is not None:
+                return Accepted(known, is_repeat=True)
+            self._check_limits(connection, job.input_bytes)
+            connection.execute(
+                "INSERT INTO jobs (id, client, request_id, status, priority, created_s,"
+                " deadline_s, request, webhook, input_bytes, idempotency_key, fingerprint)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    job.id,
+                    job.client,
+                    job.request_id,
+                    JobStatus.QUEUED,
+                    job.priority,
+                    job.created_s,
+                    job.deadline_s,
+                    job.request.to_json(),
+                    job.webhook,
+                    job.input_bytes,
+                    job.idempotency_key,
+                    job.fingerprint,
+                ),
+            )
+            return Accepted(_by_id(connection, job.id), is_repeat=False)
+
+        return self._database.write(change)
+
+    def find_repeat(self, client: str, key: str, fingerprint: str) -> Future[JobRecord | None]:
+        """The job that an earlier request with this key made.
+
+        Raises (from the future):
+            IdempotencyError: the key stands for another request.
+        """
+        return self._database.read(lambda c: _by_key(c, client, key, fingerprint))
+
+    def check_limits(self) -> Future[None]:
+        """Refuse before pictures are decoded.
+
+        Raises (from the future):
+            QueueFullError: too much waits already.
+        """
+        return self._database.read(lambda c: self._check_limits(c, 0))
+
+    def get(self, job_id: str) -> Future[JobRecord]:
+        """One job.
+
+        Raises (from the future):
+            NotFoundError: there is none, or no longer.
+        """
+        return self._database.read(lambda c: _by_id(c, job_id))
+
+    def page(
+        self, client: str, limit: int, *, after: str | None = None, status: JobStatus | None = None
+    ) -> Future[tuple[list[JobRecord], bool]]:
+        """A client's jobs, the newest first, and whether there are more.
+
+        Args:
+            after: the id of the last job of the page before.
+
+        Raises (from the future):
+            NotFoundError: there is no job ``after``, or no longer.
+        """
+
+        def query(connection: sqlite3.Connection) -> tuple[list[JobRecord], bool]:
+            before = LAST_NUMBER if after is None else _by_id(connection, after).number
+            rows = connection.execute(
+                "SELECT * FROM jobs WHERE client = :client AND number < :before"
+                " AND (:status IS NULL OR status = :status) ORDER BY number DESC LIMIT :limit",
+                {"client": client, "before": before, "status": status, "limit": limit + 1},
+            ).fetchall()
+            return [_record(row) for row in rows[:limit]], len(rows) > limit
+
+        return self._database.read(query)
+
+    def unfinished(self) -> Future[list[JobRecord]]:
+        """What is still to be done, in the order of acceptance."""
+
+        def query(connection: sqlite3.Connection) -> list[JobRecord]:
+            rows = connection.execute(f"SELECT * FROM jobs WHERE {_UNFINISHED} ORDER BY number")
+            return [_record(row) for row in rows]
+
+        return self._database.read(query)
+
+    def start(self, job_id: str) -> Future[bool]:
+        """The job runs now. False when it is final already."""
+
+        def change(connection: sqlite3.Connection) -> bool:
+            done = connection.execute(
+                "UPDATE jobs SET status = ?, started_s = ?, attempts = attempts + 1"
+                f" WHERE id = ? AND {_UNFINISHED}",
+                (JobStatus.RUNNING, time.time(), job_id),
+            )
+            return done.rowcount == 1
+
+        return self._database.write(change)
+
+    def requeue(self, job_id: str) -> Future[bool]:
+        """The job was interrupted through no fault of its own. False when it is final."""
+
+        def change(connection: sqlite3.Connection) -> bool:
+            done = connection.execute(
+                "UPDATE jobs SET status = ?, started_s = NULL, attempts = 0"
+                f" WHERE id = ? AND {_UNFINISHED}",
+                (JobStatus.QUEUED, job_id),
+            )
+            return done.rowcount == 1
+
+        return self._database.write(change)
+
+    def complete(self, job_id: str, outcome: JobOutcome) -> Future[bool]:
+        """The job's pictures lie on the disk. False when it is final already."""
+        size = sum(len(picture.data) for picture in outcome.pictures)
+        text = outcome_json(outcome)
+        return self._database.write(
+            lambda c: _finish(c, job_id, JobStatus.COMPLETED, outcome=text, result_bytes=size)
+        )
+
+    def fail(self, job_id: str, error: ServiceError) -> Future[bool]:
+        """The job ended without pictures. False when it is final already."""
+        text = error_json(error)
+        return self._database.write(lambda c: _finish(c, job_id, JobStatus.FAILED, error=text))
+
+    def cancel(self, job_id: str) -> Future[bool]:
+        """The client no longer wants the job. False when it is final already, or unknown."""
+        return self._database.write(lambda c: _finish(c, job_id, JobStatus.CANCELLED))
+
+    def remove(self, job_id: str) -> Future[bool]:
+        """Forget a job that is final. False when there is none such."""
+
+        def change(connection: sqlite3.Connection) -> bool:
+            done = connection.execute(
+                f"DELETE FROM jobs WHERE id = ? AND NOT {_UNFINISHED}", (job_id,)
+            )
+            return done.rowcount == 1
+
+        return self._database.write(change)
+
+    def outlived(self, retention_s: float, result_bytes: int) -> Future[list[str]]:
+        """Jobs to be removed: finished too long ago, or the oldest of too many bytes."""
+        oldest_s = time.time() - retention_s
+
+        def query(connection: sqlite3.Connection) -> list[str]:
+            rows = connection.execute(
+                "SELECT id FROM (SELECT id, finished_s, SUM(result_bytes) OVER"
+                " (ORDER BY finished_s DESC, number DESC) AS newer_bytes FROM jobs"
+                f" WHERE NOT {_UNFINISHED}) WHERE finished_s < ? OR newer_bytes > ?",
+                (oldest_s, result_bytes),
+            )
+            return [row["id"] for row in rows]
+
+        return self._database.read(query)
+
+    def ids(self) -> Future[set[str]]:
+        """Of all jobs there are."""
+        return self._database.read(
+            lambda c: {row["id"] for row in c.execute("SELECT id FROM jobs")}
+        )
+
+    def _check_limits(self, connection: sqlite3.Connection, input_bytes: int) -> None:
+        row = connection.execute(
+            "SELECT COUNT(*) AS jobs, COALESCE(SUM(input_bytes), 0) AS bytes FROM jobs"
+            f" WHERE {_UNFINISHED}"
+        ).fetchone()
+        if row["jobs"] >= self._limits.jobs:
+            raise QueueFullError(
+                f"{row['jobs']} accepted jobs are not finished yet, as many as may be; "
+                "try again later",
+                retry_after_s=LIMIT_RETRY_S,
+            )
+        if row["bytes"] + input_bytes > self._limits.input_bytes:
+            raise QueueFullError(
+                f"the pictures of waiting jobs take {row['bytes']} bytes; "
+                f"at most {self._limits.input_bytes} are kept; try again later",
+                retry_after_s=LIMIT_RETRY_S,
+            )
+
+
+def _finish(
+    connection: sqlite3.Connection,
+    job_id: str,
+    status: JobStatus,
+    *,
+    outcome: str | None = None,
+    error: str | None = None,
+    result_bytes: int = 0,
+) -> bool:
+    done = connection.execute(
+        "UPDATE jobs SET status = ?, finished_s = ?, outcome = ?, error = ?, result_bytes = ?,"
+        f" input_bytes = 0 WHERE id = ? AND {_UNFINISHED}",
+        (status, time.time(), outcome, error, result_bytes, job_id),
+    )
+    return done.rowcount == 1
+
+
+def _by_id(connection: sqlite3.Connection, job_id: str) -> JobRecord:
+    row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None:
+        raise NotFoundError("there is no such job, or no longer", code="job_not_found")
+    return _record(row)
+
+
+def _by_key(
+    connection: sqlite3.Connection, client: str, key: str | None, fingerprint: str | None
+) -> JobRecord | None:
+    if key is None:
+        return None
+    row = connection.execute(
+        "SELECT * FROM jobs WHERE client = ? AND idempotency_key = ?", (client, key)
+    ).fetchone()
+    if row is None:
+        return None
+    if row["fingerprint"] != fingerprint:
+        raise IdempotencyError(
+            "this Idempotency-Key stands for another request; use a new key for a new request"
+        )
+    return _record(row)
+
+
+def _record(row: sqlite3.Row) -> JobRecord:
+    return JobRecord(
+        number=row["number"],
+        id=row["id"],
+        client=row["client"],
+        request_id=row["request_id"],
+        status=JobStatus(row["status"]),
+        priority=row["priority"],
+        created_s=row["created_s"],
+        deadline_s=row["deadline_s"],
+        started_s=row["started_s"],
+        finished_s=row["finished_s"],
+        attempts=row["attempts"],
+        request=StoredRequest.from_json(row["request"]),
+        outcome=None if row["outcome"] is None else json.loads(row["outcome"]),
+        error=None if row["error"] is None else json.loads(row["error"]),
+        webhook=row["webhook"],
+        input_bytes=row["input_bytes"],
+        result_bytes=row["result_bytes"],
+    )
