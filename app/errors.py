@@ -4,17 +4,23 @@
     ├── InvalidRequestError       400  a value that can never work; names the field
     │   ├── MissingParameterError      a required field is absent
     │   └── UnknownParameterError      a field that does not exist
+    ├── AuthenticationError       401  no API key, or an unknown one
+    ├── OriginNotAllowedError     403  a web page of another origin
     ├── NotFoundError             404
     ├── MethodNotAllowedError     405
     ├── NotAcceptableError        406  no format that both sides know
+    ├── BodyTimeoutError          408  the body stopped arriving
     ├── BodyTooLargeError         413
     ├── MediaTypeError            415
+    ├── HostNotAllowedError       421  called by a name that is not ours
     ├── IdempotencyError          422  the key stands for another request
     ├── QueueFullError            429  with Retry-After
+    ├── RateLimitedError          429  one client asks too often; with Retry-After
     ├── ClientLeftError           499  nobody reads it; it ends the job
     ├── InternalError             500  a fault of ours, or the device's
     ├── NotReadyError             503  loading or warming up, with Retry-After
     ├── ShuttingDownError         503  with Retry-After
+    ├── TooManyConnectionsError   503  with Retry-After
     ├── EngineDeadError           503  the worker has ended; only a restart helps
     ├── JobTimeoutError           504
     └── OutOfDeviceMemoryError    507  the same request would fail again
@@ -103,6 +109,18 @@ class UnknownParameterError(InvalidRequestError):
     code = "unknown_parameter"
 
 
+class AuthenticationError(ServiceError):
+    """The request names no API key, or one that is not known."""
+
+    status, type, code, is_retryable = 401, INVALID_REQUEST, "invalid_api_key", False
+
+
+class OriginNotAllowedError(ServiceError):
+    """A web page of another origin asks, and the settings do not allow it."""
+
+    status, type, code, is_retryable = 403, INVALID_REQUEST, "origin_not_allowed", False
+
+
 class NotFoundError(ServiceError):
     """No such address."""
 
@@ -121,6 +139,12 @@ class NotAcceptableError(ServiceError):
     status, type, code = 406, INVALID_REQUEST, "not_acceptable"
 
 
+class BodyTimeoutError(ServiceError):
+    """The client stopped sending its body, or sends it too slowly."""
+
+    status, type, code = 408, INVALID_REQUEST, "body_timeout"
+
+
 class BodyTooLargeError(ServiceError):
     """The body is larger than the settings allow."""
 
@@ -133,6 +157,12 @@ class MediaTypeError(ServiceError):
     status, type, code = 415, INVALID_REQUEST, "unsupported_media_type"
 
 
+class HostNotAllowedError(ServiceError):
+    """The Host header names a machine that this service does not answer for."""
+
+    status, type, code, is_retryable = 421, INVALID_REQUEST, "host_not_allowed", False
+
+
 class IdempotencyError(ServiceError):
     """The Idempotency-Key of the request was given with another request before."""
 
@@ -141,6 +171,12 @@ class IdempotencyError(ServiceError):
 
 class QueueFullError(ServiceError):
     """As many jobs wait as may."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class RateLimitedError(ServiceError):
+    """One client asks more often than the settings allow it to."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -165,6 +201,12 @@ class ShuttingDownError(ServiceError):
     """The service takes no more jobs because it is ending."""
 
     status, code = 503, "shutting_down"
+
+
+class TooManyConnectionsError(ServiceError):
+    """As many connections are open as may be."""
+
+    status, code = 503, "too_many_connections"
 
 
 class EngineDeadError(ServiceError):

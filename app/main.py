@@ -21,6 +21,8 @@ from app import telemetry
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
 from app.api.middleware import RequestContext
+from app.api.security.exposure import exposure_warnings
+from app.api.security.guard import Guard
 from app.api.status import status_routes
 from app.engine import Engine, Loader, LoadStep, Pipeline
 from app.settings import Settings, SettingsError
@@ -81,7 +83,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings)
+    # Added last, and so the outermost.
+    app.add_middleware(RequestContext)
     install_error_handlers(app)
     app.include_router(generate_routes(engine, settings))
     app.include_router(status_routes(engine, settings))
@@ -146,12 +150,8 @@ def serve(settings: Settings, engine: Engine) -> int:
     Raises:
         SettingsError: it cannot listen on the address.
     """
-    if not settings.is_loopback:
-        logger.warning(
-            "listening on %s: everyone who can reach this machine's network address can use "
-            "this service; set host to 127.0.0.1 unless that is meant",
-            settings.host,
-        )
+    for warning in exposure_warnings(settings):
+        logger.warning(warning)
     listener = listen(settings.host, settings.port)
     server = create_server(settings, engine)
 

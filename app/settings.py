@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
+from app.keys import ApiKey
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_REFERENCES, check_side
 
@@ -31,6 +32,8 @@ PILLOW_PIXEL_LIMIT = 89_478_485
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_HOST_RULE = re.compile(r"\*|(\*\.)?[a-z0-9]([a-z0-9_.-]{0,251}[a-z0-9])?")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 # A value and where it came from, by the setting's name.
 _Found = dict[str, tuple[Any, str]]
 
@@ -75,6 +78,35 @@ class Settings(BaseModel):
         default="auto",
         description="human: short, coloured; plain: full timestamps; auto: human on a terminal.",
     )
+    api_keys: tuple[str, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="Who may use the service: NAME:HASH or NAME:HASH:PER_MINUTE, as "
+        "'fluxd hash-key NAME' prints. Empty: everyone.",
+    )
+    rate_limit_per_minute: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="POST requests that one client (key, or address) may make a minute; 0: any.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names, beside localhost and addresses, that the service is called by: "
+        "NAME, *.DOMAIN or *.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Web pages of other origins that may use the service, such as "
+        "https://app.example; *: all.",
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Addresses or networks of proxies whose X-Forwarded headers are believed.",
+    )
     queue_limit: int = Field(
         default=32,
         ge=1,
@@ -93,6 +125,13 @@ class Settings(BaseModel):
         default=ByteSize(64 * 2**20),
         ge=1024,
         description="Largest request body; a larger one is refused with 413. Takes 64MiB, too.",
+    )
+    body_timeout_s: float = Field(
+        default=20.0,
+        gt=0,
+        le=3_600,
+        allow_inf_nan=False,
+        description="A request whose body has not gone on for so long is given up, with 408.",
     )
     max_image_pixels: int = Field(
         default=25_000_000,
@@ -143,9 +182,16 @@ class Settings(BaseModel):
     def _check_side(cls, value: int) -> int:
         return _checked_side("the default size", value)
 
-    @field_validator("warm_up_sizes", mode="before")
+    @field_validator(
+        "warm_up_sizes",
+        "api_keys",
+        "allowed_hosts",
+        "cors_origins",
+        "trusted_proxies",
+        mode="before",
+    )
     @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
@@ -155,6 +201,45 @@ class Settings(BaseModel):
     def _check_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for size in value:
             parse_size(size)
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [ApiKey.parse(entry).name for entry in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two keys are named {name!r}; give each its own name")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        lowered = tuple(rule.lower() for rule in value)
+        for rule in lowered:
+            if _HOST_RULE.fullmatch(rule) is None:
+                raise ValueError(f"a host is NAME, *.DOMAIN or *, without a port; got {rule!r}")
+        return lowered
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        lowered = tuple(origin.lower() for origin in value)
+        for origin in lowered:
+            if _ORIGIN.fullmatch(origin) is None:
+                raise ValueError(f"an origin is scheme://host[:port]; got {origin!r}")
+        return lowered
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(
+                    f"a network is ADDRESS or ADDRESS/BITS, such as 10.0.0.0/8; got {network!r}"
+                ) from None
         return value
 
     @property

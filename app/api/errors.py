@@ -56,6 +56,22 @@ def render(error: ServiceError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
+def log_refusal(method: str, error: ServiceError) -> None:
+    """The line of a request that is answered with an error."""
+    line = telemetry.fields_line(
+        "refused",
+        {
+            "method": method,
+            "status": error.status,
+            "code": error.code,
+            "param": error.param,
+        },
+    )
+    # Refusals that an operator can do something about; the rest is the client's business.
+    is_for_operators = error.status in (401, 403, 421, 429, 503)
+    logger.log(logging.INFO if is_for_operators else logging.DEBUG, line)
+
+
 def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ServiceError:
     """The first of pydantic's problems as an error that names the field.
 
@@ -85,17 +101,7 @@ def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -
 
 def _handle(request: Request, error: Exception) -> JSONResponse:
     known = _as_known(request, error)
-    line = telemetry.fields_line(
-        "refused",
-        {
-            "method": request.method,
-            "status": known.status,
-            "code": known.code,
-            "param": known.param,
-        },
-    )
-    # Refusals that an operator can do something about; the rest is the client's business.
-    logger.log(logging.INFO if known.status in (429, 503) else logging.DEBUG, line)
+    log_refusal(request.method, known)
     return render(known)
 
 

@@ -24,6 +24,8 @@ from tests.service.fake_pipeline import FakePipeline, loader_of
 
 # How long a test waits for what happens at once on an idle machine.
 PATIENCE_S = 60.0
+# No warm-up, no waiting at the end, and the name by which the test client calls.
+FOR_TESTS = {"warm_up_sizes": (), "shutdown_grace_s": 0.0, "allowed_hosts": ("testserver",)}
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -35,8 +37,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def settings_for_tests(**given: Any) -> Settings:
-    """Settings for tests: no warm-up, no waiting at the end."""
-    return Settings(**{"warm_up_sizes": (), "shutdown_grace_s": 0.0, **given})
+    """The settings of tests, and the ones given."""
+    return Settings(**{**FOR_TESTS, **given})
 
 
 def encode(picture: Image.Image, picture_format: str = "PNG", **options: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from fastapi import Query
@@ -13,6 +14,8 @@ from app.main import create_app, create_engine, serve
 from fluxcore.version import __version__
 from tests.service.conftest import Start, StartLive, error_of, settings_for_tests, wait_until
 from tests.service.fake_pipeline import FakePipeline, failing_loader, loader_of, slow_loader
+
+KEY_ENTRY = f"alice:{'0' * 64}"
 
 
 def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive) -> None:
@@ -109,15 +112,25 @@ def test_a_warm_up_that_fails_ends_the_service(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("host", "is_warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)]
+    ("given", "says"),
+    [
+        ({}, None),
+        ({"host": "localhost"}, None),
+        ({"host": "0.0.0.0"}, "WITHOUT API KEYS: everyone who can reach"),
+        ({"host": "0.0.0.0", "api_keys": (KEY_ENTRY,)}, "travel unencrypted"),
+        ({"cors_origins": ("*",)}, "every web page that is open"),
+        ({"cors_origins": ("*",), "api_keys": (KEY_ENTRY,)}, None),
+        ({"allowed_hosts": ("*",)}, "DNS rebinding"),
+    ],
 )
-def test_an_open_address_is_warned_of(
-    caplog: pytest.LogCaptureFixture, host: str, is_warned: bool
+def test_open_doors_are_warned_of(
+    caplog: pytest.LogCaptureFixture, given: dict[str, Any], says: str | None
 ) -> None:
-    settings = settings_for_tests(host=host, port=0)
+    settings = settings_for_tests(port=0, **{"allowed_hosts": (), **given})
     serve(settings, create_engine(settings, failing_loader))
-    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert any("everyone who can reach" in w.getMessage() for w in warnings) is is_warned
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (says is not None)
+    assert says is None or says in warnings[0]
 
 
 def test_the_index_lists_the_routes_that_there_are(start: Start) -> None:
