@@ -10,6 +10,7 @@
     ├── MethodNotAllowedError     405
     ├── NotAcceptableError        406  no format that both sides know
     ├── BodyTimeoutError          408  the body stopped arriving
+    ├── JobCancelledError         409  the client cancelled the job itself
     ├── BodyTooLargeError         413
     ├── MediaTypeError            415
     ├── HostNotAllowedError       421  called by a name that is not ours
@@ -21,6 +22,7 @@
     ├── NotReadyError             503  loading or warming up, with Retry-After
     ├── ShuttingDownError         503  with Retry-After
     ├── TooManyConnectionsError   503  with Retry-After
+    ├── StorageError              503  the data directory takes nothing
     ├── EngineDeadError           503  the worker has ended; only a restart helps
     ├── JobTimeoutError           504
     └── OutOfDeviceMemoryError    507  the same request would fail again
@@ -145,6 +147,12 @@ class BodyTimeoutError(ServiceError):
     status, type, code = 408, INVALID_REQUEST, "body_timeout"
 
 
+class JobCancelledError(ServiceError):
+    """The client asked for the job's end."""
+
+    status, type, code = 409, INVALID_REQUEST, "cancelled"
+
+
 class BodyTooLargeError(ServiceError):
     """The body is larger than the settings allow."""
 
@@ -207,6 +215,12 @@ class TooManyConnectionsError(ServiceError):
     """As many connections are open as may be."""
 
     status, code = 503, "too_many_connections"
+
+
+class StorageError(ServiceError):
+    """The data directory cannot be read or written to."""
+
+    status, code = 503, "storage_failed"
 
 
 class EngineDeadError(ServiceError):

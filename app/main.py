@@ -25,6 +25,8 @@ from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
 from app.engine import Engine, Loader, LoadStep, Pipeline
+from app.jobs.opening import open_jobs
+from app.jobs.runner import JobRunner
 from app.settings import Settings, SettingsError
 from fluxcore.version import __version__
 
@@ -65,14 +67,18 @@ def create_engine(settings: Settings, load: Loader) -> Engine:
     )
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The HTTP app; starts and stops the engine with its own life."""
+def create_app(settings: Settings, engine: Engine, jobs: JobRunner | None = None) -> FastAPI:
+    """The HTTP app; starts and stops the engine and ``jobs`` with its own life."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        if jobs is not None:
+            await asyncio.to_thread(jobs.start)
         yield
         await asyncio.to_thread(engine.stop, settings.shutdown_grace_s)
+        if jobs is not None:
+            await asyncio.to_thread(jobs.close)
 
     app = FastAPI(
         title="fluxd",
@@ -99,9 +105,12 @@ class Server(uvicorn.Server):
     after an orderly end: here SIGTERM ends in exit status 0.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, jobs: JobRunner | None, grace_s: float
+    ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._jobs = jobs
         self._grace_s = grace_s
         self.is_engine_stopped = False
 
@@ -123,13 +132,21 @@ class Server(uvicorn.Server):
         """Stop the engine while requests are still answered, then close."""
         logger.info("shutting down")
         self.is_engine_stopped = await asyncio.to_thread(self._engine.stop, self._grace_s)
+        if self._jobs is not None:
+            # Lets go of those who watch jobs, whose connections would be waited for.
+            await asyncio.to_thread(self._jobs.close)
         await super().shutdown(sockets)
 
 
 def create_server(settings: Settings, engine: Engine) -> Server:
-    """The server of the app, not yet running; ``run`` takes the sockets to listen on."""
+    """The server of the app, not yet running; ``run`` takes the sockets to listen on.
+
+    Raises:
+        SettingsError: the data directory cannot be used.
+    """
+    jobs = open_jobs(settings, engine)
     config = uvicorn.Config(
-        create_app(settings, engine),
+        create_app(settings, engine, jobs),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -138,7 +155,7 @@ def create_server(settings: Settings, engine: Engine) -> Server:
         lifespan="on",
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    return Server(config, engine, settings.shutdown_grace_s)
+    return Server(config, engine, jobs, settings.shutdown_grace_s)
 
 
 def serve(settings: Settings, engine: Engine) -> int:
@@ -148,7 +165,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         The process's exit status: 0 after an orderly end.
 
     Raises:
-        SettingsError: it cannot listen on the address.
+        SettingsError: it cannot listen on the address, or use the data directory.
     """
     for warning in exposure_warnings(settings):
         logger.warning(warning)

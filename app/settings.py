@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from platformdirs import user_data_path
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from app.keys import ApiKey
@@ -170,6 +171,30 @@ class Settings(BaseModel):
         description="How long a running job may go on after SIGTERM.",
     )
 
+    data_dir: str = Field(
+        default="auto",
+        min_length=1,
+        description="Where accepted jobs are kept: a directory, auto (the user's own) or off.",
+    )
+    job_limit: int = Field(
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="Accepted jobs that may be unfinished. One more is refused with 429.",
+    )
+    job_retention_s: float = Field(
+        default=7 * 86_400.0,
+        ge=0,
+        le=3650 * 86_400.0,
+        allow_inf_nan=False,
+        description="How long a finished job and its pictures are kept.",
+    )
+    job_storage_bytes: ByteSize = Field(
+        default=ByteSize(2 * 2**30),
+        ge=2**20,
+        description="Disk space for jobs' pictures; the oldest finished job is removed first.",
+    )
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, value: str) -> str:
@@ -251,6 +276,17 @@ class Settings(BaseModel):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def data_path(self) -> Path | None:
+        """The directory for accepted jobs; None where none are taken."""
+        match self.data_dir:
+            case "off":
+                return None
+            case "auto":
+                # Two services of one user do not share their jobs.
+                return user_data_path("fluxd", appauthor=False) / f"port-{self.port}"
+        return Path(self.data_dir).expanduser()
 
     @property
     def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...]:

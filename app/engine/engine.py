@@ -127,6 +127,15 @@ class Engine:
         self._pipeline()
         self._scheduler.check()
 
+    def check_request(self, params: GenerationParams) -> None:
+        """Refuse a request that is to be submitted some other time.
+
+        Raises:
+            InvalidParamsError: it does not fit the loaded model.
+            EngineDeadError, ShuttingDownError, NotReadyError.
+        """
+        self._pipeline().prepare(params)
+
     def submit(
         self,
         params: GenerationParams,

@@ -46,12 +46,14 @@ class JobOptions:
         priority: the class it waits in.
         deadline_s: after so many seconds from its acceptance the job is cancelled.
         client: who asked, so that no client takes the whole service.
+        is_admitted: it was accepted before, and is not refused for a full queue now.
     """
 
     previews: int = 0
     priority: Priority = Priority.NORMAL
     deadline_s: float | None = None
     client: str = "local"
+    is_admitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ class Scheduler:
             QueueFullError: with the time after which a slot should be free.
         """
         with self._changed:
-            self._check()
+            if not job.options.is_admitted:
+                self._check()
             if self._closed:
                 return False
             self._waiting.append(job)

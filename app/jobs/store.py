@@ -31,8 +31,11 @@ from app.jobs.records import (
 )
 
 DATABASE_FILE = "jobs.sqlite3"
-# When a client may ask again that found too many jobs waiting, in seconds.
-LIMIT_RETRY_S = 30.0
+# How many finished jobs tell how fast jobs are finished.
+RATE_JOBS = 20
+# When a client may ask again while that is unknown, in seconds, and at most.
+FIRST_RETRY_S = 30.0
+LONGEST_RETRY_S = 120.0
 
 SCHEMA = (
     """
@@ -191,14 +194,18 @@ class JobStore:
 
         return self._database.read(query)
 
-    def unfinished(self) -> Future[list[JobRecord]]:
-        """What is still to be done, in the order of acceptance."""
+    def recover(self) -> Future[list[JobRecord]]:
+        """What is still to be done, in the order of acceptance; nothing of it runs."""
 
-        def query(connection: sqlite3.Connection) -> list[JobRecord]:
+        def change(connection: sqlite3.Connection) -> list[JobRecord]:
+            connection.execute(
+                "UPDATE jobs SET status = ?, started_s = NULL WHERE status = ?",
+                (JobStatus.QUEUED, JobStatus.RUNNING),
+            )
             rows = connection.execute(f"SELECT * FROM jobs WHERE {_UNFINISHED} ORDER BY number")
             return [_record(row) for row in rows]
 
-        return self._database.read(query)
+        return self._database.write(change)
 
     def start(self, job_id: str) -> Future[bool]:
         """The job runs now. False when it is final already."""
@@ -284,14 +291,26 @@ class JobStore:
             raise QueueFullError(
                 f"{row['jobs']} accepted jobs are not finished yet, as many as may be; "
                 "try again later",
-                retry_after_s=LIMIT_RETRY_S,
+                retry_after_s=_interval_s(connection),
             )
         if row["bytes"] + input_bytes > self._limits.input_bytes:
             raise QueueFullError(
                 f"the pictures of waiting jobs take {row['bytes']} bytes; "
                 f"at most {self._limits.input_bytes} are kept; try again later",
-                retry_after_s=LIMIT_RETRY_S,
+                retry_after_s=_interval_s(connection),
             )
+
+
+def _interval_s(connection: sqlite3.Connection) -> float:
+    """The time from one finished job to the next, while jobs wait."""
+    rows = connection.execute(
+        "SELECT finished_s FROM jobs WHERE status = ? ORDER BY finished_s DESC LIMIT ?",
+        (JobStatus.COMPLETED, RATE_JOBS),
+    ).fetchall()
+    if len(rows) < 2:
+        return FIRST_RETRY_S
+    spread_s: float = rows[0]["finished_s"] - rows[-1]["finished_s"]
+    return min(spread_s / (len(rows) - 1), LONGEST_RETRY_S)
 
 
 def _finish(

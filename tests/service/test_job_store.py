@@ -142,7 +142,7 @@ def test_a_final_status_is_the_first_and_only_one(
                     "cancel": JobStatus.CANCELLED,
                 }[change]
             assert status(store, job_id) is expected
-        waiting = [record.id for record in store.unfinished().result()]
+        waiting = [record.id for record in store.recover().result()]
         assert waiting == ([] if expected.is_final else [job_id])
     finally:
         store.close()
@@ -152,7 +152,7 @@ def test_what_is_not_finished_is_listed_in_the_order_of_acceptance(store: JobSto
     ids = [add(store) for _ in range(4)]
     store.start(ids[2]).result()
     store.cancel(ids[1]).result()
-    assert [record.id for record in store.unfinished().result()] == [ids[0], ids[2], ids[3]]
+    assert [record.id for record in store.recover().result()] == [ids[0], ids[2], ids[3]]
     assert store.ids().result() == set(ids)
 
 
@@ -297,7 +297,7 @@ def test_what_was_accepted_is_there_after_a_kill(tmp_path: Path) -> None:
     writer.wait(PATIENCE_S)
     writer.stdout.close()
     store = JobStore(tmp_path, LIMITS)
-    kept = [record.id for record in store.unfinished().result()]
+    kept = [record.id for record in store.recover().result()]
     assert all(is_job_id(job_id) for job_id in kept)
     assert set(told) - {""} <= set(kept) and len(kept) >= 20
     store.close()

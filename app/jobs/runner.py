@@ -1,0 +1,377 @@
+"""Runs kept jobs: from the disk into the engine, and what comes of them back.
+
+Owns one thread, which alone decides what is run next and which records what came
+of it. A job is accepted once it is on the disk; from then on it is finished, once,
+by this process or by a later one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from app.engine import (
+    Engine,
+    Job,
+    JobEvent,
+    JobOptions,
+    JobOutcome,
+    Priority,
+    Queued,
+    Settled,
+    Started,
+)
+from app.engine.events import Listener
+from app.errors import (
+    EngineDeadError,
+    InternalError,
+    JobCancelledError,
+    JobTimeoutError,
+    NotReadyError,
+    ServiceError,
+    ShuttingDownError,
+    StorageError,
+    as_service_error,
+)
+from app.jobs.files import JobFiles
+from app.jobs.live import LiveJob
+from app.jobs.records import JobRecord, NewJob
+from app.jobs.store import Accepted, JobStore
+from fluxcore.errors import FluxError
+from fluxcore.params import GenerationParams
+
+logger = logging.getLogger(__name__)
+
+# How often the thread looks around by itself, in seconds.
+TICK_S = 0.25
+# How long after a failure of the disk the same is tried again, in seconds.
+DISK_RETRY_S = 5.0
+# How often jobs that are too old are looked for, in seconds.
+RETENTION_TICK_S = 60.0
+# A job that was being run so often when the process ended is not run again.
+MOST_ATTEMPTS = 3
+
+SHORTEST_DEADLINE_S = 0.001
+
+Task = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """How long finished jobs are kept: at most so long, and at most so many bytes."""
+
+    seconds: float
+    result_bytes: int
+
+
+class JobRunner:
+    """See the module. ``accept``, ``cancel`` and ``close`` block; call them on a thread.
+
+    Args:
+        most_in_engine: kept jobs that the engine has at a time. The others wait on the
+            disk, so that they hold no memory and leave room for requests that are waited for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: JobStore,
+        files: JobFiles,
+        retention: Retention,
+        *,
+        most_in_engine: int,
+    ) -> None:
+        self.store = store
+        self.files = files
+        self._engine = engine
+        self._retention = retention
+        self._most_in_engine = most_in_engine
+        self._live: dict[str, LiveJob] = {}
+        # Those of them that the engine does not have, in the order to be run.
+        self._waiting: list[LiveJob] = []
+        self._late: list[tuple[float, Task]] = []
+        self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="fluxd-jobs", daemon=True)
+        self._next_retention_s = 0.0
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Take up what an earlier process left, then whatever is accepted. Blocks shortly."""
+        unfinished = self.store.recover().result()
+        waiting = {record.id for record in unfinished}
+        self.files.sweep(waiting, self.store.ids().result() - waiting)
+        for record in unfinished:
+            live = self._live[record.id] = LiveJob(record)
+            if record.attempts < MOST_ATTEMPTS:
+                self._enqueue(live)
+            else:
+                self._failed(live, _crashed(record.attempts))
+        if unfinished:
+            logger.info("%d accepted jobs are taken up again", len(unfinished))
+        self._thread.start()
+
+    def close(self) -> None:
+        """End once what has come back from the engine is recorded. The engine must have ended.
+
+        Those who watch a job that is not finished are let go.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._inbox.put(None)
+        self._thread.join()
+        for live in list(self._live.values()):
+            live.events.emit(Settled())
+        self.store.close()
+        self.files.close()
+
+    def accept(self, new: NewJob, params: GenerationParams) -> Accepted:
+        """Keep a request and run it some time; what it draws is settled now.
+
+        Args:
+            new: all but the request's pictures and how much they take.
+            params: the request, with its seed and its pictures.
+
+        Raises:
+            IdempotencyError, QueueFullError: see ``JobStore.add``.
+            StorageError: the disk does not take it.
+        """
+        assert params.seed is not None, "a job draws the same each time it is run"
+        try:
+            size = self.files.write_inputs(new.id, params.references, params.mask)
+            accepted = self.store.add(dataclasses.replace(new, input_bytes=size)).result()
+        except (OSError, sqlite3.Error) as error:
+            self.files.remove_inputs(new.id)
+            logger.error("a job cannot be kept: %s", error)
+            raise StorageError("the job cannot be kept: the disk does not take it") from None
+        except ServiceError:
+            self.files.remove_inputs(new.id)
+            raise
+        if accepted.is_repeat:
+            self.files.remove_inputs(new.id)
+        else:
+            live = self._live[new.id] = LiveJob(accepted.record)
+            self._inbox.put(partial(self._enqueue, live))
+        return accepted
+
+    def cancel(self, job_id: str) -> bool:
+        """A job that waits never runs; one that runs stops at its next slice.
+
+        Returns:
+            False when it is final already.
+        """
+        if not self.store.cancel(job_id).result():
+            return False
+        live = self._live.get(job_id)
+        if live is not None:
+            self._inbox.put(partial(self._cancelled, live))
+        return True
+
+    def remove(self, job_id: str) -> bool:
+        """Forget a job that is final, and its pictures. False when there is none such."""
+        if not self.store.remove(job_id).result():
+            return False
+        self.files.remove_results(job_id)
+        return True
+
+    def current(self, job_id: str) -> list[JobEvent]:
+        """The events that hold now of a job that is not finished."""
+        live = self._live.get(job_id)
+        return [] if live is None else live.current(self._place(live))
+
+    def watch(self, job_id: str, listener: Listener) -> Callable[[], None] | None:
+        """Tell ``listener`` how a job stands and then what becomes of it.
+
+        ``Settled`` says that the record has news: the end, or that the process is ending.
+
+        Returns:
+            A function that ends the watching, or None when the job is final.
+        """
+        live = self._live.get(job_id)
+        return None if live is None else live.events.watch(listener, self._place(live))
+
+    # --- everything below runs on the thread, which alone changes what waits ---
+
+    def _run(self) -> None:
+        next_tick_s = 0.0
+        while True:
+            with suppress(queue.Empty):
+                task = self._inbox.get(timeout=TICK_S)
+                if task is None:
+                    return
+                self._do(task)
+            if time.monotonic() >= next_tick_s:
+                next_tick_s = time.monotonic() + TICK_S
+                self._do(self._tick)
+            self._do(self._feed)
+
+    def _do(self, task: Task) -> None:
+        """Run a task; one that the disk or the database refuses is run again later."""
+        try:
+            task()
+        except (OSError, sqlite3.Error) as error:
+            logger.error("the data directory cannot be written to: %s", error)
+            self._late.append((time.monotonic() + DISK_RETRY_S, task))
+        except Exception:
+            logger.exception("keeping a job failed")
+
+    def _tick(self) -> None:
+        now_s = time.monotonic()
+        due = [task for at_s, task in self._late if at_s <= now_s]
+        self._late = [(at_s, task) for at_s, task in self._late if at_s > now_s]
+        for task in due:
+            self._do(task)
+        for live in [live for live in self._waiting if _is_over(live)]:
+            self._waiting.remove(live)
+            self._do(partial(self._failed, live, _timeout()))
+        if now_s >= self._next_retention_s:
+            self._next_retention_s = now_s + RETENTION_TICK_S
+            self._remove_outlived()
+
+    def _enqueue(self, live: LiveJob) -> None:
+        # It may have been cancelled before the thread came to it.
+        if live.id in self._live:
+            bisect.insort(self._waiting, live, key=lambda other: other.order)
+            self._tell_places()
+
+    def _feed(self) -> None:
+        """Give the engine what it may have."""
+        while self._waiting and self._engine.status().is_ready:
+            in_engine = [live for live in self._live.values() if live.job is not None]
+            following = self._waiting[0]
+            # What was running when a process ended may have ended it: it runs alone.
+            alone = following.is_suspect or any(live.is_suspect for live in in_engine)
+            if len(in_engine) >= (1 if alone else self._most_in_engine):
+                return
+            if not self._submit(following):
+                return
+            self._waiting.remove(following)
+            self._tell_places()
+
+    def _submit(self, live: LiveJob) -> bool:
+        """Hand one job to the engine. False when it takes none now."""
+        record = self.store.get(live.id).result()
+        request = record.request
+        options = JobOptions(
+            previews=request.previews,
+            priority=Priority(record.priority),
+            deadline_s=_left_s(record),
+            client=record.client,
+            is_admitted=True,
+        )
+        try:
+            references, mask = self.files.read_inputs(
+                live.id, request.references, has_mask=request.has_mask
+            )
+            params = request.generation(references, mask)
+            job = self._engine.submit(params, request.packing(), record.request_id, options)
+        except (NotReadyError, ShuttingDownError, EngineDeadError):
+            return False
+        except OSError:
+            logger.exception("the pictures of a job cannot be read")
+            self._do(partial(self._failed, live, InternalError("the job's pictures were lost")))
+        except (ServiceError, FluxError) as error:
+            self._do(partial(self._failed, live, as_service_error(error)))
+        else:
+            live.job = job
+            job.watch(partial(self._hear, live, job))
+        return True
+
+    def _hear(self, live: LiveJob, job: Job, event: JobEvent) -> None:
+        """On the engine's threads: pass an event on without waiting for anything."""
+        live.hear(event)
+        if isinstance(event, Started):
+            self._inbox.put(partial(self._started, live))
+        elif isinstance(event, Settled):
+            self._inbox.put(partial(self._settled, live, job))
+
+    def _started(self, live: LiveJob) -> None:
+        self.store.start(live.id).result()
+
+    def _settled(self, live: LiveJob, job: Job) -> None:
+        """The engine is done with a job: put on the disk what came of it."""
+        if live.id not in self._live:
+            return
+        try:
+            outcome = job.future.result()
+        except ShuttingDownError:
+            self.store.requeue(live.id).result()
+        except EngineDeadError:
+            logger.warning("%s waits for the next start of the service", live.id)
+        except ServiceError as error:
+            self._failed(live, error)
+        else:
+            self._completed(live, outcome)
+
+    def _completed(self, live: LiveJob, outcome: JobOutcome) -> None:
+        self.files.write_results(live.id, outcome.pictures)
+        if not self.store.complete(live.id, outcome).result():
+            # Cancelled in the last moment.
+            self.files.remove_results(live.id)
+        self._end(live)
+        self._remove_outlived()
+
+    def _failed(self, live: LiveJob, error: ServiceError) -> None:
+        self.store.fail(live.id, error).result()
+        self._end(live)
+
+    def _cancelled(self, live: LiveJob) -> None:
+        if live in self._waiting:
+            self._waiting.remove(live)
+        if live.job is not None:
+            self._engine.cancel(live.job, JobCancelledError("the job was cancelled"))
+        self._end(live)
+
+    def _end(self, live: LiveJob) -> None:
+        """The job's status is final and on the disk."""
+        self.files.remove_inputs(live.id)
+        self._live.pop(live.id, None)
+        live.events.emit(Settled())
+
+    def _remove_outlived(self) -> None:
+        retention = self._retention
+        for job_id in self.store.outlived(retention.seconds, retention.result_bytes).result():
+            self.remove(job_id)
+
+    def _place(self, live: LiveJob) -> Queued | None:
+        """Of a job that the engine does not have yet. Called from any thread."""
+        if live.job is not None:
+            return None
+        ahead = sum(1 for other in list(self._waiting) if other.order < live.order)
+        return Queued(self._engine.status().queue_depth + ahead + 1, None)
+
+    def _tell_places(self) -> None:
+        depth = self._engine.status().queue_depth
+        for ahead, live in enumerate(self._waiting):
+            if live.events.is_watched:
+                live.events.emit(Queued(depth + ahead + 1, None))
+
+
+def _left_s(record: JobRecord) -> float | None:
+    """What is left until the deadline; never nothing, so that the engine answers for it."""
+    if record.deadline_s is None:
+        return None
+    return max(record.deadline_s - time.time(), SHORTEST_DEADLINE_S)
+
+
+def _is_over(live: LiveJob) -> bool:
+    return live.deadline_s is not None and live.deadline_s <= time.time()
+
+
+def _timeout() -> JobTimeoutError:
+    return JobTimeoutError("the job was not begun before its deadline; give it more time")
+
+
+def _crashed(attempts: int) -> InternalError:
+    return InternalError(
+        f"the service ended {attempts} times while it ran this job, which is not run again",
+        code="crashed",
+    )
