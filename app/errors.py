@@ -7,6 +7,7 @@
     ├── AuthenticationError       401  no API key, or an unknown one
     ├── OriginNotAllowedError     403  a web page of another origin
     ├── NotFoundError             404
+    │   └── ModelNotFoundError         a model's name that is not known
     ├── MethodNotAllowedError     405
     ├── NotAcceptableError        406  no format that both sides know
     ├── BodyTimeoutError          408  the body stopped arriving
@@ -127,6 +128,12 @@ class NotFoundError(ServiceError):
     """No such address."""
 
     status, type, code = 404, INVALID_REQUEST, "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name is served."""
+
+    code = "model_not_found"
 
 
 class MethodNotAllowedError(ServiceError):

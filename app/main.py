@@ -18,9 +18,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import telemetry
+from app.api.drawing import Drawing
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
 from app.api.middleware import RequestContext
+from app.api.openai.models import ModelNames, model_routes
+from app.api.openai.routes import image_routes
+from app.api.picture_links import PictureLinks, link_routes
 from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
@@ -93,7 +97,13 @@ def create_app(settings: Settings, engine: Engine, jobs: JobRunner | None = None
     # Added last, and so the outermost.
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    app.include_router(generate_routes(engine, settings))
+    drawing = Drawing(engine, settings)
+    links = PictureLinks(settings.picture_link_bytes, settings.picture_link_lifetime_s)
+    names = ModelNames(engine, settings)
+    app.include_router(generate_routes(drawing))
+    app.include_router(image_routes(drawing, links, names))
+    app.include_router(model_routes(names))
+    app.include_router(link_routes(links))
     app.include_router(status_routes(engine, settings))
     return app
 

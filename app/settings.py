@@ -163,6 +163,27 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         description="A request that has not finished after so long is cancelled, with 504.",
     )
+    model_aliases: tuple[str, ...] = Field(
+        default=("dall-e-2", "dall-e-3", "gpt-image-1"),
+        max_length=32,
+        description="Names besides its own under which GET /v1/models lists the model.",
+    )
+    strict_model_names: bool = Field(
+        default=False,
+        description="Refuse names of models that GET /v1/models does not list.",
+    )
+    picture_link_lifetime_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=604_800,
+        allow_inf_nan=False,
+        description="How long the address of a picture works, where one was asked for.",
+    )
+    picture_link_bytes: ByteSize = Field(
+        default=ByteSize(256 * 2**20),
+        ge=0,
+        description="Memory for pictures with an address; the oldest are dropped first.",
+    )
     shutdown_grace_s: float = Field(
         default=30.0,
         ge=0,
@@ -213,6 +234,7 @@ class Settings(BaseModel):
         "allowed_hosts",
         "cors_origins",
         "trusted_proxies",
+        "model_aliases",
         mode="before",
     )
     @classmethod
@@ -328,6 +350,8 @@ def toml_value(value: Any) -> str:
     """A setting's value in TOML's notation."""
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value if isinstance(value, float) else int(value))
     return json.dumps(str(value), ensure_ascii=False)

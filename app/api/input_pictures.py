@@ -1,4 +1,4 @@
-"""Pictures inside a JSON body: base64 or data URLs to PIL.
+"""Pictures of a request: files, base64 or data URLs to PIL.
 
 Owns the transport encoding and which field an error names; the bytes themselves
 are judged by ``app.engine.pictures``.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from app.api.bodies import Source
 from app.engine.pictures import PictureError, read_mask, read_picture
 from app.errors import InvalidRequestError
 from fluxcore.fitting import limit_area
@@ -31,15 +32,20 @@ class InputPictures:
     mask: Image.Image | None
 
 
-def decode_pictures(references: Sequence[str], mask: str | None, max_pixels: int) -> InputPictures:
+def decode_pictures(
+    references: Sequence[Source], mask: Source | None, max_pixels: int, name: str = "images"
+) -> InputPictures:
     """Decode all pictures of a request. Slow: call it off the event loop.
+
+    Args:
+        name: what the request calls its references; ``{name}[1]`` is the second.
 
     Raises:
         InvalidRequestError: naming the picture that cannot be used.
     """
     pictures = []
-    for i, text in enumerate(references):
-        picture = _decode(f"images[{i}]", text, max_pixels, read_picture)
+    for i, source in enumerate(references):
+        picture = _decode(f"{name}[{i}]", source, max_pixels, read_picture)
         # A waiting job holds no more pixels than the model will see. The one under a mask
         # keeps its size, which the mask's must equal.
         painted = i == 0 and mask is not None
@@ -51,10 +57,10 @@ def decode_pictures(references: Sequence[str], mask: str | None, max_pixels: int
 
 
 def _decode(
-    param: str, text: str, max_pixels: int, read: Callable[[bytes, int], Image.Image]
+    param: str, source: Source, max_pixels: int, read: Callable[[bytes, int], Image.Image]
 ) -> Image.Image:
     try:
-        return read(_from_base64(text), max_pixels)
+        return read(source if isinstance(source, bytes) else _from_base64(source), max_pixels)
     except PictureError as error:
         raise InvalidRequestError(f"{param} {error}", param=param) from None
 

@@ -19,6 +19,12 @@ from fluxcore.version import __version__
 
 ROUTES = {
     "POST /v1/generate": "draw pictures; JSON in, JSON or picture bytes out",
+    "POST /v1/images/generations": "the same for clients of OpenAI's images API",
+    "POST /v1/images/edits": "draw from pictures, or draw a masked part again",
+    "POST /v1/images/variations": "draw pictures that are like one",
+    "GET /files/{name}": "a picture that was asked for as an address",
+    "GET /v1/models": "the names under which the model is served",
+    "GET /v1/models/{id}": "one of them",
     "GET /health": "whether the process works; 503 when it must be restarted",
     "GET /ready": "whether jobs are taken; 503 until the model is loaded and warm",
     "GET /openapi.json": "the description of all routes for programs",

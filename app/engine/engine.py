@@ -303,6 +303,7 @@ class Engine:
             cache_hit=result.cache_hit,
             warnings=tuple(result.warnings),
             peak_bytes=result.peak_bytes,
+            prompt_tokens=result.prompt_tokens,
         )
         # Logged first, so that the line is there when the client has its answer.
         fields = {

@@ -63,6 +63,7 @@ class JobOutcome:
     Attributes:
         timings_ms: queue, text, references, denoise, decode, pack and total.
         warnings: what the request asked for that had no effect, or was cut.
+        prompt_tokens: tokens of the prompt that the model read, without padding.
     """
 
     model: str
@@ -72,6 +73,7 @@ class JobOutcome:
     cache_hit: bool
     warnings: tuple[str, ...]
     peak_bytes: int
+    prompt_tokens: int
 
 
 DEFAULT_OPTIONS = JobOptions()

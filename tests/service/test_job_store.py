@@ -54,6 +54,7 @@ def outcome(size: int = 10) -> JobOutcome:
         cache_hit=True,
         warnings=("cut",),
         peak_bytes=1,
+        prompt_tokens=3,
     )
 
 

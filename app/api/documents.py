@@ -1,0 +1,148 @@
+"""The OpenAPI document: schemas of bodies, and of every error that a route can answer.
+
+Owns what the document says beyond what FastAPI finds by itself. The routes read their
+bodies themselves, so the bodies are described here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel
+
+from app.api.bodies import FORM_TYPE, JSON_TYPE
+from app.api.negotiation import FORMATS
+from fluxcore.params import MAX_PROMPT_CHARS, MAX_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
+
+Schema = dict[str, Any]
+Responses = dict[int | str, dict[str, Any]]
+
+EVENTS_TYPE = "text/event-stream"
+
+# Constraints that the code checks elsewhere, in one place, for the document.
+SIDE_SCHEMA: Schema = {
+    "minimum": MIN_SIDE_PX,
+    "maximum": MAX_SIDE_PX,
+    "multipleOf": SIZE_MULTIPLE,
+}
+TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": r"\S"}
+PICTURE_SCHEMA: Schema = {"type": "string", "format": "picture"}
+FILE_SCHEMA: Schema = {"type": "string", "format": "binary"}
+_SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
+SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"
+
+_RETRY = {"Retry-After": "Seconds after which the same request may work."}
+_NO_RETRY = {"x-should-retry": "false: the same request would fail again."}
+_MEANINGS: dict[int, tuple[str, Mapping[str, str]]] = {
+    400: ("A value of the request can never work; param names it.", {}),
+    404: ("There is no such thing.", {}),
+    406: ("Accept names nothing that this route can answer.", {}),
+    413: ("The body is larger than the settings allow.", {}),
+    415: ("The body's Content-Type is none that this route reads.", {}),
+    429: ("Too many jobs wait.", _RETRY),
+    500: ("A fault of the service or of the device.", {}),
+    503: ("No job is taken now: loading, ending or broken.", _RETRY),
+    504: ("The job was not done in time and has been cancelled.", _NO_RETRY),
+    507: ("The job does not fit into the device's memory.", _NO_RETRY),
+}
+# What every route that runs a job may answer.
+JOB_ERRORS = (400, 413, 415, 429, 500, 503, 504, 507)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The one shape of errors."""
+
+    error: ErrorDetail
+
+
+def errors(*statuses: int) -> Responses:
+    """The answers for these statuses, as a route's ``responses``."""
+    found: Responses = {}
+    for status in statuses:
+        meaning, headers = _MEANINGS[status]
+        found[status] = {
+            "model": ErrorAnswer,
+            "description": f"{HTTPStatus(status).phrase}. {meaning}",
+            "headers": {
+                name: {"description": text, "schema": {"type": "string"}}
+                for name, text in headers.items()
+            },
+        }
+    return found
+
+
+def json_body(model: type[BaseModel]) -> Schema:
+    """A route's ``openapi_extra``: its body is JSON."""
+    return _body({JSON_TYPE: schema_of(model)})
+
+
+def json_or_form_body(model: type[BaseModel], form: Schema) -> Schema:
+    """The same, or a form with files."""
+    return _body({JSON_TYPE: schema_of(model), FORM_TYPE: form})
+
+
+def form_body(form: Schema) -> Schema:
+    """A route's ``openapi_extra``: its body is a form with files."""
+    return _body({FORM_TYPE: form})
+
+
+def form_schema(model: type[BaseModel], files: Schema, required: tuple[str, ...]) -> Schema:
+    """The text fields of a model, without null, and files beside them."""
+    fields = schema_of(model)["properties"]
+    texts = {name: _without_null(field) for name, field in fields.items() if name not in files}
+    return {
+        "type": "object",
+        "properties": {**texts, **files},
+        "required": list(required),
+    }
+
+
+def pictures_content() -> Schema:
+    """The media types of a picture's bytes."""
+    return {f"image/{name}": {"schema": FILE_SCHEMA} for name in FORMATS}
+
+
+def schema_of(model: type[BaseModel]) -> Schema:
+    """A model's schema with its parts in place: references would point outside of the body."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+    inlined: Schema = _inline(schema, parts)
+    return inlined
+
+
+def _body(content: Mapping[str, Schema]) -> Schema:
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {kind: {"schema": schema} for kind, schema in content.items()},
+        }
+    }
+
+
+def _inline(schema: Any, parts: Mapping[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inline(item, parts) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return {name: _inline(value, parts) for name, value in schema.items()}
+
+
+def _without_null(field: Schema) -> Schema:
+    kept = {name: value for name, value in field.items() if name not in ("anyOf", "default")}
+    options = [option for option in field.get("anyOf", ()) if option != {"type": "null"}]
+    if len(options) == 1:
+        return {**options[0], **kept}
+    return {**kept, "anyOf": options} if options else kept

@@ -1,0 +1,80 @@
+"""From a checked request to a job and its outcome: what all routes that draw share.
+
+Owns the order in which a request is judged: its cheap fields, then whether there is
+room, then its pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import anyio
+import anyio.to_thread
+from fastapi import Request
+
+from app.api.bodies import Source
+from app.api.input_pictures import InputPictures, decode_pictures
+from app.api.waiting import outcome_of
+from app.engine import Engine, Job, JobOptions, JobOutcome, Packing
+from app.engine.jobs import DEFAULT_OPTIONS
+from app.errors import InvalidRequestError
+from app.settings import Settings
+from fluxcore.params import GenerationParams
+
+# Pictures of different requests that are decoded at a time: bounds memory and threads.
+DECODING_THREADS = 2
+
+
+class Drawing:
+    """The engine and the settings, as the routes use them."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self._decoding = anyio.Semaphore(DECODING_THREADS)
+
+    async def pictures(
+        self, references: Sequence[Source], mask: Source | None, name: str = "images"
+    ) -> InputPictures:
+        """Decode a request's pictures, if there is room for its job.
+
+        Args:
+            name: what the request calls its references.
+
+        Raises:
+            InvalidRequestError: naming the picture that cannot be used.
+            ServiceError: no job is taken now.
+        """
+        allowed = self.settings.max_references
+        if len(references) > allowed:
+            raise InvalidRequestError(
+                f"at most {allowed} images are allowed; got {len(references)}", param=name
+            )
+        self.engine.check_admission()
+        if not references and mask is None:
+            return InputPictures((), None)
+        async with self._decoding:
+            return await anyio.to_thread.run_sync(
+                decode_pictures, references, mask, self.settings.max_image_pixels, name
+            )
+
+    def submit(
+        self,
+        request: Request,
+        params: GenerationParams,
+        packing: Packing,
+        options: JobOptions = DEFAULT_OPTIONS,
+    ) -> Job:
+        """Accept the request as a job of the client that asks, or refuse it.
+
+        Raises:
+            InvalidParamsError: it does not fit the loaded model.
+            ServiceError: no job is taken now.
+        """
+        options = dataclasses.replace(options, client=request.state.client)
+        return self.engine.submit(params, packing, request.state.request_id, options)
+
+    async def outcome(self, request: Request, job: Job) -> JobOutcome:
+        """Wait for the job; see ``outcome_of``."""
+        return await outcome_of(request, self.engine, job, self.settings.request_timeout_s)
