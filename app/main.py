@@ -21,6 +21,7 @@ from app import telemetry
 from app.api.drawing import Drawing
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
+from app.api.idempotency import Idempotency
 from app.api.middleware import RequestContext
 from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
@@ -29,8 +30,7 @@ from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
 from app.engine import Engine, Loader, LoadStep, Pipeline
-from app.jobs.opening import open_jobs
-from app.jobs.runner import JobRunner
+from app.jobs.opening import Kept, open_kept
 from app.settings import Settings, SettingsError
 from fluxcore.version import __version__
 
@@ -71,18 +71,18 @@ def create_engine(settings: Settings, load: Loader) -> Engine:
     )
 
 
-def create_app(settings: Settings, engine: Engine, jobs: JobRunner | None = None) -> FastAPI:
-    """The HTTP app; starts and stops the engine and ``jobs`` with its own life."""
+def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> FastAPI:
+    """The HTTP app; starts and stops the engine, and what is kept, with its own life."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        if jobs is not None:
-            await asyncio.to_thread(jobs.start)
+        if kept is not None:
+            await asyncio.to_thread(kept.start)
         yield
         await asyncio.to_thread(engine.stop, settings.shutdown_grace_s)
-        if jobs is not None:
-            await asyncio.to_thread(jobs.close)
+        if kept is not None:
+            await asyncio.to_thread(kept.close)
 
     app = FastAPI(
         title="fluxd",
@@ -92,6 +92,9 @@ def create_app(settings: Settings, engine: Engine, jobs: JobRunner | None = None
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+    )
+    app.add_middleware(
+        Idempotency, answers=None if kept is None else kept.answers, own_paths=("/v1/jobs",)
     )
     app.add_middleware(Guard, settings=settings)
     # Added last, and so the outermost.
@@ -116,11 +119,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, jobs: JobRunner | None, grace_s: float
+        self, config: uvicorn.Config, engine: Engine, kept: Kept | None, grace_s: float
     ) -> None:
         super().__init__(config)
         self._engine = engine
-        self._jobs = jobs
+        self._kept = kept
         self._grace_s = grace_s
         self.is_engine_stopped = False
 
@@ -142,9 +145,9 @@ class Server(uvicorn.Server):
         """Stop the engine while requests are still answered, then close."""
         logger.info("shutting down")
         self.is_engine_stopped = await asyncio.to_thread(self._engine.stop, self._grace_s)
-        if self._jobs is not None:
+        if self._kept is not None:
             # Lets go of those who watch jobs, whose connections would be waited for.
-            await asyncio.to_thread(self._jobs.close)
+            await asyncio.to_thread(self._kept.jobs.close)
         await super().shutdown(sockets)
 
 
@@ -154,9 +157,9 @@ def create_server(settings: Settings, engine: Engine) -> Server:
     Raises:
         SettingsError: the data directory cannot be used.
     """
-    jobs = open_jobs(settings, engine)
+    kept = open_kept(settings, engine)
     config = uvicorn.Config(
-        create_app(settings, engine, jobs),
+        create_app(settings, engine, kept),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -165,7 +168,7 @@ def create_server(settings: Settings, engine: Engine) -> Server:
         lifespan="on",
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    return Server(config, engine, jobs, settings.shutdown_grace_s)
+    return Server(config, engine, kept, settings.shutdown_grace_s)
 
 
 def serve(settings: Settings, engine: Engine) -> int:

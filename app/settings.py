@@ -215,6 +215,13 @@ class Settings(BaseModel):
         ge=2**20,
         description="Disk space for jobs' pictures; the oldest finished job is removed first.",
     )
+    idempotency_retention_s: float = Field(
+        default=86_400.0,
+        gt=0,
+        le=3650 * 86_400.0,
+        allow_inf_nan=False,
+        description="How long the answer to a request with an Idempotency-Key is kept.",
+    )
 
     @field_validator("device")
     @classmethod

@@ -59,7 +59,7 @@ class Database:
             with _transaction(self._writing):
                 return change(self._writing)
 
-        return self._writer.submit(run)
+        return _submit(self._writer, run)
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> Future[T]:
         """Run a query on the last committed state."""
@@ -67,7 +67,7 @@ class Database:
         def run() -> T:
             return query(self._reading)
 
-        return self._reader.submit(run)
+        return _submit(self._reader, run)
 
     def close(self) -> None:
         """End after what has been asked for. Blocks."""
@@ -75,6 +75,13 @@ class Database:
         self._reading.close()
         self._writer.shutdown(wait=True)
         self._writing.close()
+
+
+def _submit(pool: ThreadPoolExecutor, run: Callable[[], T]) -> Future[T]:
+    try:
+        return pool.submit(run)
+    except RuntimeError:
+        raise sqlite3.ProgrammingError("the database is closed") from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:

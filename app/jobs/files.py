@@ -1,11 +1,12 @@
-"""The pictures of kept jobs as files: what came with a request, and what was drawn.
+"""What is kept as files: pictures that came with a request, what was drawn, and answers.
 
 Owns the layout of the data directory and the promise that a set of files is there
-in full or not at all. Every path is made of an id from ``new_job_id`` and a
-number; nothing that a client sent is ever part of one. Everything here blocks.
+in full or not at all. Every path is made of a random id and a number; nothing that a
+client sent is ever part of one. Everything here blocks.
 
     DATA_DIR/inputs/JOB/0.png, 1.png, ..., mask.png    until the job is finished
     DATA_DIR/results/JOB/0.png, 1.jpeg, ...            as long as the job is kept
+    DATA_DIR/answers/ANSWER/body                       as long as it may be asked for again
     DATA_DIR/staging/                                  files on their way; emptied at start
 """
 
@@ -25,7 +26,8 @@ from PIL import Image
 from app.engine.packing import PackedPicture
 
 LOCK_FILE = "lock"
-_ID = re.compile(r"job_[0-9a-f]{32}")
+_JOB_ID = re.compile(r"job_[0-9a-f]{32}")
+_ANY_ID = re.compile(r"(job|answer)_[0-9a-f]{32}")
 # Input pictures are read once, soon; small files are not worth the time.
 _COMPRESS_LEVEL = 1
 # For the one who runs the service only: prompts and pictures are private.
@@ -44,7 +46,7 @@ def new_job_id() -> str:
 
 def is_job_id(text: str) -> bool:
     """Whether it has the form of ``new_job_id``'s."""
-    return _ID.fullmatch(text) is not None
+    return _JOB_ID.fullmatch(text) is not None
 
 
 class JobFiles:
@@ -57,9 +59,11 @@ class JobFiles:
     def __init__(self, root: Path) -> None:
         self._inputs = root / "inputs"
         self._results = root / "results"
+        self._answers = root / "answers"
         self._staging = root / "staging"
+        kinds = (self._inputs, self._results, self._answers, self._staging)
         try:
-            for directory in (root, self._inputs, self._results, self._staging):
+            for directory in (root, *kinds):
                 directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
             self._lock = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT, _FILE_MODE)
         except OSError as error:
@@ -145,15 +149,35 @@ class JobFiles:
             waiting: jobs that still need their inputs.
             kept: jobs that still have results.
         """
-        for directory, owners in (
-            (self._staging, ()),
-            (self._inputs, waiting),
-            (self._results, kept),
-        ):
-            owned = frozenset(owners)
-            for entry in directory.iterdir():
-                if entry.name not in owned:
-                    shutil.rmtree(entry, ignore_errors=True)
+        _remove_others(self._staging, ())
+        _remove_others(self._inputs, waiting)
+        _remove_others(self._results, kept)
+
+    def write_answer(self, answer_id: str, body: bytes) -> None:
+        """Keep the body of an answer."""
+
+        def write(directory: Path) -> int:
+            with _private_file(directory / "body") as file:
+                file.write(body)
+                return _to_disk(file)
+
+        self._put(self._answers / _checked(answer_id), write)
+
+    def read_answer(self, answer_id: str) -> bytes:
+        """The body of an answer.
+
+        Raises:
+            FileNotFoundError: it is not there, or no longer.
+        """
+        return (self._answers / _checked(answer_id) / "body").read_bytes()
+
+    def remove_answer(self, answer_id: str) -> None:
+        """The answer is forgotten."""
+        shutil.rmtree(self._answers / _checked(answer_id), ignore_errors=True)
+
+    def sweep_answers(self, kept: Iterable[str]) -> None:
+        """Remove what a crash left behind."""
+        _remove_others(self._answers, kept)
 
     def _put(self, place: Path, write: Callable[[Path], int]) -> int:
         """Write a directory of files beside its place and then move it there."""
@@ -171,9 +195,16 @@ class JobFiles:
         return size
 
 
-def _checked(job_id: str) -> str:
-    assert is_job_id(job_id), "ids are checked before they come here"
-    return job_id
+def _checked(name: str) -> str:
+    assert _ANY_ID.fullmatch(name), "ids are checked before they come here"
+    return name
+
+
+def _remove_others(directory: Path, kept: Iterable[str]) -> None:
+    names = frozenset(kept)
+    for entry in directory.iterdir():
+        if entry.name not in names:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _private_file(path: Path) -> IO[bytes]:

@@ -1,13 +1,16 @@
-"""The settings' data directory, opened: the store, the files and what runs the jobs."""
+"""The settings' data directory, opened: all that is kept, and what runs the jobs."""
 
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import dataclass
 
 from app.engine import Engine
-from app.jobs.database import SchemaError
+from app.jobs.answers import KeptAnswers
+from app.jobs.database import Database, SchemaError
 from app.jobs.files import DataDirectoryError, JobFiles
 from app.jobs.runner import JobRunner, Retention
+from app.jobs.schema import open_database
 from app.jobs.store import JobStore, Limits
 from app.settings import Settings, SettingsError
 
@@ -15,8 +18,33 @@ from app.settings import Settings, SettingsError
 MOST_IN_ENGINE = 8
 
 
-def open_jobs(settings: Settings, engine: Engine) -> JobRunner | None:
-    """What keeps and runs accepted jobs, not started; None where the settings say off.
+@dataclass
+class Kept:
+    """What outlives the process. ``start`` and ``close`` block."""
+
+    files: JobFiles
+    database: Database
+    jobs: JobRunner
+    answers: KeptAnswers
+    is_closed: bool = False
+
+    def start(self) -> None:
+        """Take up what an earlier process left."""
+        self.answers.start()
+        self.jobs.start()
+
+    def close(self) -> None:
+        """End, once the engine has. A second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.jobs.close()
+        self.database.close()
+        self.files.close()
+
+
+def open_kept(settings: Settings, engine: Engine) -> Kept | None:
+    """What is kept, not started; None where the settings say off.
 
     Raises:
         SettingsError: the data directory cannot be used.
@@ -27,14 +55,22 @@ def open_jobs(settings: Settings, engine: Engine) -> JobRunner | None:
     try:
         files = JobFiles(directory)
         try:
-            store = JobStore(directory, Limits(settings.job_limit, settings.job_storage_bytes))
+            database = open_database(directory)
         except BaseException:
             files.close()
             raise
     except (DataDirectoryError, SchemaError, sqlite3.Error, OSError) as error:
         raise SettingsError(
             f"data_dir {directory}: {error}; name another one with --set data_dir=DIR, "
-            "or keep no jobs with --set data_dir=off"
+            "or keep nothing with --set data_dir=off"
         ) from None
-    retention = Retention(settings.job_retention_s, settings.job_storage_bytes)
-    return JobRunner(engine, store, files, retention, most_in_engine=MOST_IN_ENGINE)
+    most_bytes = settings.job_storage_bytes
+    jobs = JobRunner(
+        engine,
+        JobStore(database, Limits(settings.job_limit, most_bytes)),
+        files,
+        Retention(settings.job_retention_s, most_bytes),
+        most_in_engine=MOST_IN_ENGINE,
+    )
+    answers = KeptAnswers(database, files, settings.idempotency_retention_s, most_bytes)
+    return Kept(files, database, jobs, answers)

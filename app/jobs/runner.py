@@ -119,9 +119,9 @@ class JobRunner:
         self._thread.start()
 
     def close(self) -> None:
-        """End once what has come back from the engine is recorded. The engine must have ended.
+        """End once what has come back from the engine is recorded; the engine must have ended.
 
-        Those who watch a job that is not finished are let go.
+        Those who watch a job that is not finished are let go. A second call does nothing.
         """
         if self._is_closed:
             return
@@ -130,8 +130,6 @@ class JobRunner:
         self._thread.join()
         for live in list(self._live.values()):
             live.events.emit(Settled())
-        self.store.close()
-        self.files.close()
 
     def accept(self, new: NewJob, params: GenerationParams) -> Accepted:
         """Keep a request and run it some time; what it draws is settled now.

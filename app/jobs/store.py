@@ -1,6 +1,6 @@
 """The records of accepted jobs, as questions and changes that each happen at once.
 
-Owns the tables and the rules of a job's status: it becomes final once and never
+Owns the rules of a job's status: it becomes final once and never
 changes again. Every method returns a future and none of them blocks.
 """
 
@@ -11,7 +11,6 @@ import sqlite3
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.engine import JobOutcome
 from app.errors import (
@@ -30,42 +29,11 @@ from app.jobs.records import (
     outcome_json,
 )
 
-DATABASE_FILE = "jobs.sqlite3"
 # How many finished jobs tell how fast jobs are finished.
 RATE_JOBS = 20
 # When a client may ask again while that is unknown, in seconds, and at most.
 FIRST_RETRY_S = 30.0
 LONGEST_RETRY_S = 120.0
-
-SCHEMA = (
-    """
-    CREATE TABLE jobs (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        client TEXT NOT NULL,
-        request_id TEXT NOT NULL,
-        status TEXT NOT NULL,
-        priority TEXT NOT NULL,
-        created_s REAL NOT NULL,
-        deadline_s REAL,
-        started_s REAL,
-        finished_s REAL,
-        attempts INTEGER NOT NULL DEFAULT 0,
-        request TEXT NOT NULL,
-        outcome TEXT,
-        error TEXT,
-        webhook TEXT,
-        input_bytes INTEGER NOT NULL,
-        result_bytes INTEGER NOT NULL DEFAULT 0,
-        idempotency_key TEXT,
-        fingerprint TEXT
-    );
-    CREATE INDEX jobs_by_client ON jobs (client, number);
-    CREATE INDEX jobs_by_status ON jobs (status, number);
-    CREATE UNIQUE INDEX jobs_by_key ON jobs (client, idempotency_key)
-        WHERE idempotency_key IS NOT NULL
-    """,
-)
 
 # Above every job's number.
 LAST_NUMBER = 2**63 - 1
@@ -93,23 +61,12 @@ class JobStore:
     """See the module.
 
     Args:
-        directory: where the database lies; must exist.
         limits: how much may wait.
-
-    Raises:
-        SchemaError, sqlite3.Error: the database cannot be used.
     """
 
-    def __init__(self, directory: Path, limits: Limits) -> None:
-        path = directory / DATABASE_FILE
-        # SQLite gives its other files the same mode: prompts are private.
-        path.touch(mode=0o600)
-        self._database = Database(path, SCHEMA)
+    def __init__(self, database: Database, limits: Limits) -> None:
+        self._database = database
         self._limits = limits
-
-    def close(self) -> None:
-        """End after what has been asked for. Blocks."""
-        self._database.close()
 
     def add(self, job: NewJob) -> Future[Accepted]:
         """Accept a job; from then on it will be finished, whatever happens to the process.

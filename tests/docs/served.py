@@ -32,7 +32,6 @@ def serve(model: Path, **settings: str) -> Iterator[Served]:
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).parent / "fluxd"), "serve", "--model", str(model)]
     command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    settings.setdefault("data_dir", "off")
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     process = subprocess.Popen(command)

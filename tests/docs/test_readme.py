@@ -23,8 +23,8 @@ CURLS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.S) if "cur
 
 
 @pytest.fixture(scope="module")
-def served(tiny_checkpoint: Path) -> Iterator[Served]:
-    with serve(tiny_checkpoint) as running:
+def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tiny_checkpoint, data_dir=str(tmp_path_factory.mktemp("data"))) as running:
         yield running
 
 

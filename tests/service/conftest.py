@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.engine import Engine, Loader, Pipeline
-from app.jobs.opening import open_jobs
+from app.jobs.opening import open_kept
 from app.main import Server, create_app, create_engine, create_server, listen
 from app.settings import Settings
 from tests.service.fake_pipeline import FakePipeline, loader_of
@@ -141,7 +141,7 @@ def start() -> Iterator[Start]:
             ready = FakePipeline() if pipeline is None else pipeline
             settings = settings_for_tests(**given)
             engine = create_engine(settings, lambda progress: ready)
-            app = create_app(settings, engine, open_jobs(settings, engine))
+            app = create_app(settings, engine, open_kept(settings, engine))
             client = stack.enter_context(TestClient(app))
             wait_until(lambda: engine.status().is_ready)
             return client

@@ -17,7 +17,7 @@ from PIL import Image
 from app.engine import Engine, JobEvent, Packing, Preview, Queued, Settled, Started, StepDone
 from app.jobs import runner as runner_module
 from app.jobs.files import JobFiles, new_job_id
-from app.jobs.opening import MOST_IN_ENGINE, open_jobs
+from app.jobs.opening import MOST_IN_ENGINE, Kept, open_kept
 from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest
 from app.jobs.runner import MOST_ATTEMPTS, JobRunner
 from app.main import create_engine
@@ -43,8 +43,12 @@ class Service:
     """An engine around a fake pipeline, and the jobs that are kept for it."""
 
     engine: Engine
-    runner: JobRunner
+    kept: Kept
     pipeline: SeeingPipeline
+
+    @property
+    def runner(self) -> JobRunner:
+        return self.kept.jobs
 
     def accept(self, prompt: str = "a fox", **given: Any) -> str:
         asked = {name: given.pop(name) for name in ("references", "mask") if name in given}
@@ -72,7 +76,7 @@ class Service:
 
     def end(self) -> None:
         self.engine.stop()
-        self.runner.close()
+        self.kept.close()
 
 
 Open = Callable[..., Service]
@@ -93,11 +97,11 @@ def start_jobs(data: Path) -> Iterator[Open]:
             fake = pipeline or SeeingPipeline()
             settings = settings_for_tests(data_dir=str(directory), **given)
             engine = create_engine(settings, loader_of(fake))
-            runner = open_jobs(settings, engine)
-            assert runner is not None
-            service = Service(engine, runner, fake)
+            kept = open_kept(settings, engine)
+            assert kept is not None
+            service = Service(engine, kept, fake)
             engine.start()
-            runner.start()
+            kept.start()
             stack.callback(service.end)
             stack.callback(fake.gate.set)
             wait_until(lambda: engine.status().is_ready)
@@ -228,7 +232,8 @@ def test_a_cancelled_job_stops_or_never_runs(start_jobs: Open, data: Path) -> No
         service.wait(job_id)
     assert "job 0" in service.pipeline.abandoned
     assert not {"job 3", f"job {len(ids) - 1}"} & set(service.pipeline.ran)
-    assert files_of(data, "inputs") == [] and files_of(data, "results") == sorted(kept)
+    wait_until(lambda: files_of(data, "inputs") == [])
+    assert files_of(data, "results") == sorted(kept)
 
 
 def test_a_job_cancelled_in_the_last_moment_leaves_no_pictures(
@@ -265,7 +270,7 @@ def test_pictures_of_a_waiting_job_survive_a_crash(start_jobs: Open, data: Path)
     assert params.references[0].tobytes() == reference.tobytes()
     assert params.mask is not None and params.mask.tobytes() == mask.tobytes()
     assert second.record(job_id).attempts == 2
-    assert files_of(after_crash, "inputs") == []
+    wait_until(lambda: files_of(after_crash, "inputs") == [])
 
 
 @pytest.mark.parametrize(("grace_s", "done_before"), [(PATIENCE_S, 1), (0.0, 0)])
@@ -413,7 +418,7 @@ def test_what_a_crash_left_on_its_way_is_swept_at_the_start(start_jobs: Open, da
     (after_crash / "results" / kept / "0.png").write_bytes(b"half a job")
     second = start_jobs(after_crash)
     second.wait(kept)
-    assert files_of(after_crash, "inputs") == []
+    wait_until(lambda: files_of(after_crash, "inputs") == [])
     assert files_of(after_crash, "results") == [kept]
     assert second.runner.files.read_result(kept, 0, "png").startswith(b"\x89PNG")
 
@@ -422,9 +427,9 @@ def test_a_directory_in_use_or_unusable_is_a_clear_error(start_jobs: Open, data:
     service = start_jobs()
     settings = settings_for_tests(data_dir=str(data))
     with pytest.raises(SettingsError, match=r"in use by another fluxd; .*data_dir=off"):
-        open_jobs(settings, service.engine)
+        open_kept(settings, service.engine)
     service.end()
     (data / "jobs.sqlite3").write_bytes(b"this is no database" * 100)
     for _ in range(2):
         with pytest.raises(SettingsError, match="not a database"):
-            open_jobs(settings, service.engine)
+            open_kept(settings, service.engine)

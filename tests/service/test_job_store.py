@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from app.errors import IdempotencyError, InternalError, NotFoundError, QueueFull
 from app.jobs.database import Database, SchemaError
 from app.jobs.files import is_job_id, new_job_id
 from app.jobs.records import JobStatus, NewJob, StoredRequest
-from app.jobs.store import DATABASE_FILE, SCHEMA, JobStore, Limits
+from app.jobs.schema import DATABASE_FILE, SCHEMA, open_database
+from app.jobs.store import JobStore, Limits
 from fluxcore.params import GenerationParams
 from tests.service.conftest import PATIENCE_S
 from tests.service.fake_pipeline import FakeResolved
@@ -58,11 +60,19 @@ def outcome(size: int = 10) -> JobOutcome:
     )
 
 
+@contextmanager
+def opened(directory: Path, limits: Limits = LIMITS) -> Iterator[JobStore]:
+    database = open_database(directory)
+    try:
+        yield JobStore(database, limits)
+    finally:
+        database.close()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[JobStore]:
-    made = JobStore(tmp_path, LIMITS)
-    yield made
-    made.close()
+    with opened(tmp_path) as made:
+        yield made
 
 
 def add(store: JobStore, **given: Any) -> str:
@@ -121,8 +131,7 @@ def test_a_failed_job_tells_what_a_client_may_know(store: JobStore) -> None:
 def test_a_final_status_is_the_first_and_only_one(
     changes: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    store = JobStore(tmp_path_factory.mktemp("store"), LIMITS)
-    try:
+    with opened(tmp_path_factory.mktemp("store")) as store:
         job_id = add(store)
         expected = JobStatus.QUEUED
         for change in changes:
@@ -145,8 +154,6 @@ def test_a_final_status_is_the_first_and_only_one(
             assert status(store, job_id) is expected
         waiting = [record.id for record in store.recover().result()]
         assert waiting == ([] if expected.is_final else [job_id])
-    finally:
-        store.close()
 
 
 def test_what_is_not_finished_is_listed_in_the_order_of_acceptance(store: JobStore) -> None:
@@ -158,7 +165,11 @@ def test_what_is_not_finished_is_listed_in_the_order_of_acceptance(store: JobSto
 
 
 def test_pages_follow_one_another_and_hold_one_clients_jobs(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, replace(LIMITS, jobs=100))
+    with opened(tmp_path, replace(LIMITS, jobs=100)) as store:
+        check_pages(store)
+
+
+def check_pages(store: JobStore) -> None:
     mine = [add(store, client="a") for _ in range(5)]
     theirs = add(store, client="b")
     first, more = store.page("a", 2).result()
@@ -173,7 +184,6 @@ def test_pages_follow_one_another_and_hold_one_clients_jobs(tmp_path: Path) -> N
     assert [record.id for record in store.page("b", 9).result()[0]] == [theirs]
     with pytest.raises(NotFoundError):
         store.page("a", 2, after=new_job_id()).result()
-    store.close()
 
 
 def test_too_many_waiting_jobs_or_bytes_are_refused(store: JobStore) -> None:
@@ -260,7 +270,7 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path) 
 def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     Database(tmp_path / DATABASE_FILE, [*SCHEMA, "SELECT 1"]).close()
     with pytest.raises(SchemaError, match="later version"):
-        JobStore(tmp_path, LIMITS)
+        open_database(tmp_path)
 
 
 def test_its_files_are_private(store: JobStore, tmp_path: Path) -> None:
@@ -272,10 +282,11 @@ def test_its_files_are_private(store: JobStore, tmp_path: Path) -> None:
 KILLED_WRITER = """
 import sys
 from pathlib import Path
-from app.jobs.store import JobStore
-from tests.service.test_job_store import LIMITS, new_job, replace
+from app.jobs.schema import open_database
+from app.jobs.store import JobStore, Limits
+from tests.service.test_job_store import new_job
 
-store = JobStore(Path(sys.argv[1]), replace(LIMITS, jobs=10**6))
+store = JobStore(open_database(Path(sys.argv[1])), Limits(10**6, 0))
 while True:
     job = new_job()
     store.add(job).result()
@@ -297,8 +308,7 @@ def test_what_was_accepted_is_there_after_a_kill(tmp_path: Path) -> None:
     told += writer.stdout.read().split("\n")
     writer.wait(PATIENCE_S)
     writer.stdout.close()
-    store = JobStore(tmp_path, LIMITS)
-    kept = [record.id for record in store.recover().result()]
+    with opened(tmp_path) as store:
+        kept = [record.id for record in store.recover().result()]
     assert all(is_job_id(job_id) for job_id in kept)
     assert set(told) - {""} <= set(kept) and len(kept) >= 20
-    store.close()
