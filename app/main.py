@@ -26,6 +26,7 @@ from app.api.middleware import RequestContext
 from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
 from app.api.picture_links import PictureLinks, link_routes
+from app.api.security.connection import bounded_protocol
 from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
@@ -37,6 +38,9 @@ from fluxcore.version import __version__
 logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 512
+# How long an idle connection stays open. Longer than clients keep one, so that none is
+# closed under a request that is just being sent.
+KEEP_ALIVE_S = 75
 # Time for the last answers to be written once no job runs, in seconds.
 LAST_ANSWERS_S = 5
 
@@ -160,12 +164,14 @@ def create_server(settings: Settings, engine: Engine) -> Server:
     kept = open_kept(settings, engine)
     config = uvicorn.Config(
         create_app(settings, engine, kept),
+        http=bounded_protocol(settings),
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
         ws="none",
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
     return Server(config, engine, kept, settings.shutdown_grace_s)

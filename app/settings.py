@@ -127,12 +127,18 @@ class Settings(BaseModel):
         ge=1024,
         description="Largest request body; a larger one is refused with 413. Takes 64MiB, too.",
     )
-    body_timeout_s: float = Field(
+    client_timeout_s: float = Field(
         default=20.0,
         gt=0,
         le=3_600,
         allow_inf_nan=False,
-        description="A request whose body has not gone on for so long is given up, with 408.",
+        description="A client that neither sends on nor reads on for so long is given up.",
+    )
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        le=100_000,
+        description="Connections that may be open at a time; more are answered with 503.",
     )
     max_image_pixels: int = Field(
         default=25_000_000,

@@ -17,8 +17,16 @@ from typing import TextIO
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
+# Control characters but tab and line feed, as they are shown.
+_CONTROLS = {
+    code: f"\\x{code:02x}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if code not in (0x09, 0x0A)
+}
 # Libraries whose DEBUG and INFO lines say nothing to an operator of this service.
 _QUIET = ("asyncio", "PIL", "uvicorn")
+# Warns of every client that speaks no HTTP; the answer's own line says that at DEBUG.
+_SILENT = ("uvicorn.error",)
 
 
 class RequestIdFilter(logging.Filter):
@@ -41,8 +49,9 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, followed by the traceback if the record has one."""
         identity = getattr(record, "request_id", None)
-        # A client's text must not be able to start a line of its own.
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\n    ")
+        # A client's text must be able neither to start a line of its own nor to command the
+        # terminal that shows it.
+        message = record.getMessage().translate(_CONTROLS).replace("\n", "\n    ")
         if self._is_human:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{record.levelname:<7}\x1b[0m"
@@ -79,6 +88,8 @@ def configure_logging(level: str, line_format: str = "auto", stream: TextIO | No
     logging.captureWarnings(True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def fields_line(event: str, fields: Mapping[str, object]) -> str:

@@ -63,14 +63,14 @@ class RequestContext:
             ending = ShuttingDownError("the service is shutting down", retry_after_s=1)
             await render(ending)(scope, receive, send_with_id)
         except Exception:
-            logger.exception("unhandled error in %s %r", scope["method"], scope["path"])
+            logger.exception("unhandled error in %s %s", scope["method"], scope["path"])
             if status:
                 raise
             unknown = InternalError("the service failed; its log says why")
             await render(unknown)(scope, receive, send_with_id)
         finally:
             logger.debug(
-                "%s %r -> %d in %.1f ms",
+                "%s %s -> %d in %.1f ms",
                 scope["method"],
                 scope["path"],
                 status,

@@ -61,6 +61,12 @@ def test_a_message_cannot_forge_a_line() -> None:
     assert "\r" not in text
 
 
+def test_a_message_cannot_command_the_terminal() -> None:
+    text = logged("plain", io.StringIO(), "/\x1b]0;owned\x07\x9b31m\tpath")
+    assert r"/\x1b]0;owned\x07\x9b31m" in text and "\t" in text
+    assert "\x1b" not in text and "\x9b" not in text
+
+
 def test_the_level_is_kept_and_tracebacks_follow() -> None:
     stream = io.StringIO()
     configure_logging("warning", "plain", stream)

@@ -6,6 +6,7 @@
     origins      which web pages may use it (cross-site requests, CORS)
     rates        how often one client may ask
     bodies       how large a body may be, and how slow
+    connection   how many clients there may be, and how long each may take
     headers      what every answer carries
     exposure     what the operator is warned of at the start
 

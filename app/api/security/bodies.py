@@ -109,5 +109,6 @@ class BoundedBody:
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
             f"the body is larger than {self._max_bytes} bytes, the most allowed; "
-            "send smaller or fewer pictures"
+            "send smaller or fewer pictures",
+            headers={"Connection": "close"},
         )

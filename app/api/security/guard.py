@@ -52,7 +52,7 @@ class Guard:
         self._proxies.apply(scope)
         headers = Headers(scope=scope)
         body = BoundedBody(
-            headers, receive, self._settings.max_body_bytes, self._settings.body_timeout_s
+            headers, receive, self._settings.max_body_bytes, self._settings.client_timeout_s
         )
         allowed_origin: str | None = None
         allowance: Allowance | None = None
