@@ -140,6 +140,11 @@ class Settings(BaseModel):
         le=100_000,
         description="Connections that may be open at a time; more are answered with 503.",
     )
+    max_image_bytes: ByteSize = Field(
+        default=ByteSize(50 * 2**20),
+        ge=1024,
+        description="Largest file of one input picture.",
+    )
     max_image_pixels: int = Field(
         default=25_000_000,
         ge=64 * 64,

@@ -14,7 +14,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from app.api.bodies import Source
-from app.api.input_pictures import InputPictures, decode_pictures
+from app.api.input_pictures import InputPictures, PictureLimits, decode_pictures
 from app.api.waiting import outcome_of
 from app.engine import Engine, Job, JobOptions, JobOutcome, Packing
 from app.engine.jobs import DEFAULT_OPTIONS
@@ -32,6 +32,7 @@ class Drawing:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
+        self._limits = PictureLimits(settings.max_image_bytes, settings.max_image_pixels)
         self._decoding = anyio.Semaphore(DECODING_THREADS)
 
     async def pictures(
@@ -56,7 +57,7 @@ class Drawing:
             return InputPictures((), None)
         async with self._decoding:
             return await anyio.to_thread.run_sync(
-                decode_pictures, references, mask, self.settings.max_image_pixels, name
+                decode_pictures, references, mask, self._limits, name
             )
 
     def submit(

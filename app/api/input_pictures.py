@@ -32,8 +32,19 @@ class InputPictures:
     mask: Image.Image | None
 
 
+@dataclass(frozen=True, slots=True)
+class PictureLimits:
+    """What one picture may have: bytes of its file, and pixels."""
+
+    max_bytes: int
+    max_pixels: int
+
+
 def decode_pictures(
-    references: Sequence[Source], mask: Source | None, max_pixels: int, name: str = "images"
+    references: Sequence[Source],
+    mask: Source | None,
+    limits: PictureLimits,
+    name: str = "images",
 ) -> InputPictures:
     """Decode all pictures of a request. Slow: call it off the event loop.
 
@@ -45,22 +56,28 @@ def decode_pictures(
     """
     pictures = []
     for i, source in enumerate(references):
-        picture = _decode(f"{name}[{i}]", source, max_pixels, read_picture)
+        picture = _decode(f"{name}[{i}]", source, limits, read_picture)
         # A waiting job holds no more pixels than the model will see. The one under a mask
         # keeps its size, which the mask's must equal.
         painted = i == 0 and mask is not None
         pictures.append(picture if painted else limit_area(picture))
     return InputPictures(
         references=tuple(pictures),
-        mask=None if mask is None else _decode("mask", mask, max_pixels, read_mask),
+        mask=None if mask is None else _decode("mask", mask, limits, read_mask),
     )
 
 
 def _decode(
-    param: str, source: Source, max_pixels: int, read: Callable[[bytes, int], Image.Image]
+    param: str,
+    source: Source,
+    limits: PictureLimits,
+    read: Callable[[bytes, int], Image.Image],
 ) -> Image.Image:
     try:
-        return read(source if isinstance(source, bytes) else _from_base64(source), max_pixels)
+        data = source if isinstance(source, bytes) else _from_base64(source)
+        if len(data) > limits.max_bytes:
+            raise PictureError(f"has {len(data)} bytes; at most {limits.max_bytes} are allowed")
+        return read(data, limits.max_pixels)
     except PictureError as error:
         raise InvalidRequestError(f"{param} {error}", param=param) from None
 

@@ -150,6 +150,14 @@ def test_the_pixel_limit_is_a_setting(start: Start) -> None:
     assert "has 64x96 pixels; at most 5000 are allowed" in error["message"]
 
 
+def test_the_byte_limit_is_a_setting(start: Start) -> None:
+    big = Image.effect_noise((64, 64), 60).convert("RGB")
+    error = refusal(
+        start(max_image_bytes=2048), images=[encode(Image.new("L", (64, 64))), encode(big)]
+    )
+    assert error["param"] == "images[1]" and "at most 2048 are allowed" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
