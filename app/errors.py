@@ -79,6 +79,8 @@ class ServiceError(Exception):
         self.headers = dict(headers or {})
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+            # The OpenAI SDKs honour this one first; it can say less than a second.
+            self.headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1000)))
         if self.is_retryable is not None:
             self.headers["x-should-retry"] = "true" if self.is_retryable else "false"
 
@@ -185,9 +187,13 @@ class IdempotencyError(ServiceError):
 
 
 class QueueFullError(ServiceError):
-    """As many jobs wait as may."""
+    """As much waits as may. ``bound`` says which limit was met: jobs, pixels or work."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, bound: str = "jobs") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.bound = bound
 
 
 class RateLimitedError(ServiceError):

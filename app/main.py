@@ -30,7 +30,7 @@ from app.api.security.connection import bounded_protocol
 from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
-from app.engine import Engine, Loader, LoadStep, Pipeline
+from app.engine import Engine, Limits, Loader, LoadStep, Pipeline
 from app.jobs.opening import Kept, open_kept
 from app.settings import Settings, SettingsError
 from fluxcore.version import __version__
@@ -69,7 +69,12 @@ def create_engine(settings: Settings, load: Loader) -> Engine:
     """The engine that the settings ask for; not started."""
     return Engine(
         load,
-        queue_limit=settings.queue_limit,
+        limits=Limits(
+            jobs=settings.queue_limit,
+            pixels=settings.queue_pixels,
+            work_s=settings.queue_work_s,
+            in_flight=settings.in_flight_limit,
+        ),
         warm_up_sizes=settings.warm_up_sizes_px,
         shutdown_grace_s=settings.shutdown_grace_s,
     )

@@ -114,6 +114,24 @@ class Settings(BaseModel):
         le=10_000,
         description="Jobs that may wait. One more is refused with 429 and Retry-After.",
     )
+    queue_pixels: int = Field(
+        default=256_000_000,
+        ge=64 * 64,
+        description="Pixels that waiting jobs may draw and hold together; above it, 429.",
+    )
+    queue_work_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Estimated seconds of work that may be accepted at a time; above it, 429.",
+    )
+    in_flight_limit: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="Jobs that may have begun at a time; short ones pass long ones step by step.",
+    )
     default_width: int = Field(
         default=512,
         description="Width in pixels of a picture whose request names neither size nor references.",

@@ -36,9 +36,13 @@ class Drawing:
         self._decoding = anyio.Semaphore(DECODING_THREADS)
 
     async def pictures(
-        self, references: Sequence[Source], mask: Source | None, name: str = "images"
+        self,
+        request: Request,
+        references: Sequence[Source],
+        mask: Source | None,
+        name: str = "images",
     ) -> InputPictures:
-        """Decode a request's pictures, if there is room for its job.
+        """Decode a request's pictures, if there is room for a job of its client.
 
         Args:
             name: what the request calls its references.
@@ -52,7 +56,7 @@ class Drawing:
             raise InvalidRequestError(
                 f"at most {allowed} images are allowed; got {len(references)}", param=name
             )
-        self.engine.check_admission()
+        self.engine.check_admission(request.state.client)
         if not references and mask is None:
             return InputPictures((), None)
         async with self._decoding:

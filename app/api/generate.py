@@ -53,7 +53,7 @@ def generate_routes(drawing: Drawing) -> APIRouter:
                 f"(several pictures come as {JSON_TYPE})",
                 param="n",
             )
-        pictures = await drawing.pictures(asked.images or (), asked.mask)
+        pictures = await drawing.pictures(request, asked.images or (), asked.mask)
         params = with_pictures(params, asked, pictures)
         job = drawing.submit(request, params, packing_of(asked, kind.format))
         outcome = await drawing.outcome(request, job)

@@ -4,6 +4,7 @@ Knows nothing of HTTP. The pipeline comes in from outside through ``contract``,
 so that nothing here imports a framework.
 """
 
+from app.engine.admission import Limits
 from app.engine.contract import Loader, LoadStep, Pipeline
 from app.engine.engine import Engine, EngineStatus
 from app.engine.events import JobEvent, Preview, Queued, Settled, Started, StepDone
@@ -17,6 +18,7 @@ __all__ = [
     "JobEvent",
     "JobOptions",
     "JobOutcome",
+    "Limits",
     "LoadStep",
     "Loader",
     "PackedPicture",

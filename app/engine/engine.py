@@ -14,11 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from PIL import Image
-
 from app import telemetry
-from app.engine.contract import Loader, Pipeline, Result, Slice
+from app.engine.admission import Limits
+from app.engine.contract import Loader, Pipeline, Result
 from app.engine.events import Preview
+from app.engine.flight import FlightTimes, PreviewPicture
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
 from app.engine.metadata import provenance
 from app.engine.packing import PackedPicture, Packing, PackingPool
@@ -48,7 +48,8 @@ class EngineStatus:
 
     Attributes:
         state: loading, warming_up, ready, draining, stopped or failed.
-        is_alive: the worker runs and the device draws pictures.
+        is_alive: the worker runs, moves on, and the device draws pictures.
+        running: jobs in flight that need the device again.
         startup: how far getting ready has come.
         device: what the runtime says of itself; empty while loading.
     """
@@ -68,7 +69,7 @@ class Engine:
 
     Args:
         load: makes the pipeline, on the worker's thread.
-        queue_limit: jobs that may wait.
+        limits: what may wait and be in flight.
         warm_up_sizes: (width, height) of pictures drawn before the engine is ready.
         shutdown_grace_s: what a client is told to wait when the engine is ending.
         on_startup_failure: called, on the worker's thread, when the model cannot be used.
@@ -78,12 +79,12 @@ class Engine:
         self,
         load: Loader,
         *,
-        queue_limit: int,
+        limits: Limits | None = None,
         warm_up_sizes: tuple[tuple[int, int], ...] = (),
         shutdown_grace_s: float = 30.0,
         on_startup_failure: Callable[[], None] | None = None,
     ) -> None:
-        self._scheduler = Scheduler(queue_limit)
+        self._scheduler = Scheduler(limits or Limits())
         self._packers = PackingPool()
         self._worker = Worker(
             load,
@@ -108,24 +109,20 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no job waits, runs or is being packed."""
-        return (
-            self._scheduler.running is None
-            and self._scheduler.depth == 0
-            and self._packers.jobs == 0
-        )
+        return self._scheduler.in_flight == 0 and self._scheduler.depth == 0
 
     def start(self) -> None:
         """Begin to load; returns at once."""
         self._worker.start()
 
-    def check_admission(self) -> None:
-        """Refuse a request before its pictures are decoded.
+    def check_admission(self, client: str = DEFAULT_OPTIONS.client) -> None:
+        """Refuse a request of a client before its pictures are decoded.
 
         Raises:
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
         self._pipeline()
-        self._scheduler.check()
+        self._scheduler.check(client)
 
     def check_request(self, params: GenerationParams) -> None:
         """Refuse a request that is to be submitted some other time.
@@ -175,17 +172,17 @@ class Engine:
         pipeline = worker.pipeline
         return EngineStatus(
             state=state,
-            is_alive=worker.is_alive and not worker.is_device_suspect,
+            is_alive=worker.is_alive and not (worker.is_device_suspect or worker.is_stalled),
             is_ready=state == WorkerState.READY and worker.is_alive,
             startup=worker.startup,
             model=None if pipeline is None else pipeline.info.name,
             device={} if pipeline is None else pipeline.runtime.describe(),
             queue_depth=self._scheduler.depth,
-            running=0 if self._scheduler.running is None else 1,
+            running=len(self._scheduler.active),
         )
 
     def drain(self) -> None:
-        """Admit nothing more and answer what waits; the running job goes on."""
+        """Admit nothing more and answer what waits; jobs in flight go on."""
         self._is_draining = True
         self._worker.stop()
         for job in self._scheduler.close():
@@ -196,7 +193,7 @@ class Engine:
         self._hurry.set()
 
     def stop(self, grace_s: float = 0.0) -> bool:
-        """Drain, let the running job go on for ``grace_s``, then cancel it. Blocks.
+        """Drain, let jobs in flight go on for ``grace_s``, then cancel them. Blocks.
 
         A second call only repeats what the first returned.
 
@@ -210,15 +207,15 @@ class Engine:
         while not self.is_idle and self._worker.is_alive and time.monotonic() < deadline_s:
             if self._hurry.wait(POLL_S):
                 break
-        running = self._scheduler.running
-        if running is not None:
-            running.cancel(self._shutting_down())
+        in_flight = self._scheduler.active
+        for job in in_flight:
+            job.cancel(self._shutting_down())
         self._has_ended = self._worker.join(LAST_SLICE_S)
         # A job that is drawn is answered by the packers, ...
         self._packers.close()
-        if running is not None:
+        for job in in_flight:
             # ... any other by the worker, unless that is stuck in its slice.
-            self._failed(running, self._shutting_down())
+            self._failed(job, self._shutting_down())
         return self._has_ended
 
     def _pipeline(self) -> Pipeline:
@@ -243,8 +240,8 @@ class Engine:
             retry_after_s=self._grace_s,
         )
 
-    def _drawn(self, job: Job, result: Result) -> None:
-        """The device is done with the job: pack its pictures while the next one runs."""
+    def _drawn(self, job: Job, result: Result, times: FlightTimes) -> None:
+        """The device is done with the job: pack its pictures while others run."""
         drawn_s = time.monotonic()
         model = self._model_name()
         made = [
@@ -254,47 +251,54 @@ class Engine:
 
         def deliver(packed: list[Future[PackedPicture]]) -> None:
             token = telemetry.request_id.set(job.request_id)
+            if job.last_preview is not None:
+                # Begun before the pictures; watchers are to see it before the end.
+                _log_failure(job.last_preview)
             broken = next((f.exception() for f in packed if f.exception() is not None), None)
             if broken is not None:
                 logger.error("packing failed", exc_info=broken)
                 self._failed(job, InternalError("the picture could not be written as a file"))
             else:
-                pack_ms = (time.monotonic() - drawn_s) * 1000
-                self._packed(job, result, tuple(f.result() for f in packed), pack_ms)
+                assert job.started_s is not None, "a drawn job was started"
+                paused_s = drawn_s - job.started_s - times.own_s
+                timings_ms = {
+                    "queue": (job.started_s - job.accepted_s) * 1000,
+                    **{name: ms for name, ms in result.timings.items() if name != "total"},
+                    **({"previews": times.previews_s * 1000} if times.previews_s else {}),
+                    "paused": max(0.0, paused_s) * 1000,
+                    "pack": (time.monotonic() - drawn_s) * 1000,
+                    "total": (time.monotonic() - job.accepted_s) * 1000,
+                }
+                self._packed(job, result, tuple(f.result() for f in packed), timings_ms)
+            self._scheduler.packing(-1)
             telemetry.request_id.reset(token)
 
-        self._packers.pack(made, job.packing, deliver)
+        self._scheduler.packing(+1)
+        try:
+            self._packers.pack(made, job.packing, deliver)
+        except RuntimeError:  # the threads have ended
+            self._scheduler.packing(-1)
+            raise
 
-    def _previewed(self, job: Job, done: Slice, picture: Image.Image) -> None:
-        """Pack a preview while the next step runs. One that comes too late is not shown."""
-        seed = job.resolved.seeds[done.image_index]
+    def _previewed(self, job: Job, preview: PreviewPicture) -> None:
+        """Pack a preview while the next step runs."""
+        seed = job.resolved.seeds[preview.image_index]
         made = provenance(job.params, job.resolved, seed, self._model_name())
 
-        def deliver(packed: list[Future[PackedPicture]]) -> None:
-            (preview,) = packed
-            broken = preview.exception()
-            if broken is not None:
-                logger.error(
-                    "packing a preview failed",
-                    exc_info=broken,
-                    extra={"request_id": job.request_id},
-                )
-            else:
-                job.events.emit(Preview(done.image_index, done.step, preview.result()))
+        def deliver(packed: PackedPicture) -> None:
+            job.events.emit(Preview(preview.image_index, preview.step, packed))
 
-        self._packers.pack([(picture, made)], job.packing, deliver)
+        job.last_preview = self._packers.pack_in_order(
+            preview.picture, made, job.packing, deliver, previous=job.last_preview
+        )
 
     def _packed(
-        self, job: Job, result: Result, pictures: tuple[PackedPicture, ...], pack_ms: float
+        self,
+        job: Job,
+        result: Result,
+        pictures: tuple[PackedPicture, ...],
+        timings_ms: dict[str, float],
     ) -> None:
-        assert job.started_s is not None, "a drawn job was started"
-        stages = {name: ms for name, ms in result.timings.items() if name != "total"}
-        timings_ms = {
-            "queue": (job.started_s - job.accepted_s) * 1000,
-            **stages,
-            "pack": pack_ms,
-            "total": (time.monotonic() - job.accepted_s) * 1000,
-        }
         outcome = JobOutcome(
             model=self._model_name(),
             pictures=pictures,
@@ -319,20 +323,22 @@ class Engine:
         job.complete(outcome)
 
     def _failed(self, job: Job, error: ServiceError) -> None:
-        if not job.fail(error):
-            return
         # Not the message: it may quote the request.
         line = telemetry.fields_line("job failed", {"code": error.code, "param": error.param})
-        logger.log(
-            logging.INFO if error.status < 500 else logging.WARNING,
-            line,
-            extra={"request_id": job.request_id},
-        )
+
+        def note() -> None:
+            # Logged first, so that the line is there when the client has its answer.
+            logger.log(
+                logging.INFO if error.status < 500 else logging.WARNING,
+                line,
+                extra={"request_id": job.request_id},
+            )
+
+        job.fail(error, note)
 
     def _worker_ended(self) -> None:
         """Nothing may wait for a worker that is gone."""
-        running = self._scheduler.running
-        for job in [*self._scheduler.close(), *([] if running is None else [running])]:
+        for job in [*self._scheduler.close(), *self._scheduler.active]:
             self._failed(job, EngineDeadError("the service cannot draw any more"))
         if self.has_failed and not self._worker.was_ready and self.on_startup_failure is not None:
             self.on_startup_failure()
@@ -340,3 +346,10 @@ class Engine:
     def _model_name(self) -> str:
         assert self._worker.pipeline is not None, "jobs run on a loaded pipeline"
         return self._worker.pipeline.info.name
+
+
+def _log_failure(preview: Future[None]) -> None:
+    """Wait for a preview; one that could not be packed is no reason to withhold the picture."""
+    broken = preview.exception()
+    if broken is not None:
+        logger.error("packing a preview failed", exc_info=broken)

@@ -106,6 +106,8 @@ class Job:
         self.request_id = request_id
         self.options = options
         self.events = EventLog()
+        # The preview that is being packed, or was last.
+        self.last_preview: Future[None] | None = None
         # Asks the scheduler for the job's present place.
         self.place: Callable[[], Queued | None] = lambda: None
         self.future: Future[JobOutcome] = Future()
@@ -159,12 +161,14 @@ class Job:
         self.events.emit(Settled())
         return True
 
-    def fail(self, error: ServiceError) -> bool:
-        """Answer with an error. False when the job had been answered before."""
+    def fail(self, error: ServiceError, note: Callable[[], None] | None = None) -> bool:
+        """Answer with an error, after ``note``. False when the job had been answered before."""
         with self._lock:
             if self.future.done():
                 return False
             self.state = JobState.FAILED
+            if note is not None:
+                note()
             self.future.set_exception(error)
         self.events.emit(Settled())
         return True

@@ -7,6 +7,7 @@ that way; any other prompt draws a grey picture, slice by slice, while ``gate`` 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -114,6 +115,8 @@ class FakePipeline:
     slices: list[tuple[str, str, int, int]] = field(default_factory=list)
     decoded: list[int] = field(default_factory=list)
     undecodable: set[int] = field(default_factory=set)
+    # How long each slice takes; a wide picture's four times as long as one of half its side.
+    slice_s_at_512: float = 0.0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -152,8 +155,9 @@ class FakePipeline:
         self.ran.append(prompt)
         self.started.set()
         try:
-            for done in _slices(resolved):
+            for done in slices_of(resolved):
                 assert self.gate.wait(WAIT_S), "a test left the gate closed"
+                time.sleep(self.slice_s_at_512 * (resolved.width / 512) ** 2)
                 self.slices.append((prompt, done.stage, done.image_index, done.step))
                 yield done
                 _go_wrong(prompt)
@@ -178,7 +182,7 @@ class FakePipeline:
         return Image.new("RGB", (width, height), (latents, latents, latents))
 
 
-def _slices(resolved: FakeResolved) -> Iterator[FakeSlice]:
+def slices_of(resolved: FakeResolved) -> Iterator[FakeSlice]:
     """What a real pipeline yields, in its order."""
     steps = resolved.steps
     yield FakeSlice("text", 0, 0, steps)

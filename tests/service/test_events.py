@@ -33,7 +33,7 @@ from tests.service.fake_pipeline import FakePipeline
 
 @contextmanager
 def started(pipeline: FakePipeline | FluxPipeline) -> Iterator[Engine]:
-    engine = Engine(lambda progress: pipeline, queue_limit=10)
+    engine = Engine(lambda progress: pipeline)
     engine.start()
     wait_until(lambda: engine.status().is_ready)
     try:

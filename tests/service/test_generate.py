@@ -74,7 +74,7 @@ def test_json_holds_the_picture_its_seed_and_how_long_it_took(client: TestClient
         "strength": None,
         "n": 1,
     }
-    stages = ("queue", "text", "denoise", "decode", "pack", "total")
+    stages = ("queue", "text", "denoise", "decode", "paused", "pack", "total")
     assert set(body["timings"]) == {f"{stage}_ms" for stage in stages}
     assert all(ms >= 0 for ms in body["timings"].values())
     assert body["timings"]["total_ms"] >= body["timings"]["denoise_ms"]

@@ -178,7 +178,8 @@ def test_a_class_goes_before_the_next_one(start_jobs: Open) -> None:
     service.pipeline.gate.set()
     for job_id in [*first, *ids]:
         service.wait(job_id)
-    assert service.pipeline.ended[MOST_IN_ENGINE:] == ["interactive", "normal", "batch"]
+    ended = [prompt for prompt in service.pipeline.ended if not prompt.startswith("first")]
+    assert ended == ["interactive", "normal", "batch"]
 
 
 def test_accepted_jobs_are_not_refused_for_a_full_queue(start_jobs: Open) -> None:

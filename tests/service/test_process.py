@@ -38,7 +38,8 @@ def test_a_signal_finishes_the_running_job_and_exits_0(number: int) -> None:
         wait_ready(url)
         first = Later(lambda: generate(url, "first", steps=10))
         wait_until(lambda: running(url) == 1)
-        second = Later(lambda: generate(url, "second"))
+        # Longer than the first, so that it waits.
+        second = Later(lambda: generate(url, "second", steps=50))
         wait_until(lambda: httpx2.get(f"{url}/health").json()["queue_depth"] == 1)
         server.signal(number)
         assert error_of(second.answer())["code"] == "shutting_down"

@@ -89,6 +89,38 @@ def test_health_fails_when_the_worker_has_died(start: Start) -> None:
     assert later.headers["x-should-retry"] == "false"
 
 
+def test_health_notices_a_worker_that_does_not_come_back(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start_live()
+    live.pipeline.close_gate()
+    later = live.generate_later("stuck")
+    live.pipeline.started.wait()
+    with live.client() as client:
+        # Within the bound, a long slice is nothing to worry about.
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr("app.engine.worker.UNMEASURED_STALL_S", 0.0)
+        stalled = client.get("/health")
+        assert stalled.status_code == 503
+        assert stalled.json()["status"] == "failed"
+        assert error_of(stalled)["code"] == "engine_dead"
+        live.pipeline.gate.set()
+        assert later.answer().status_code == 200
+        assert client.get("/health").status_code == 200
+        # Once slices have been measured, the bound follows from what they take.
+        live.pipeline.close_gate()
+        later = live.generate_later("stuck again")
+        live.pipeline.started.wait()
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr("app.engine.worker.LEAST_STALL_S", 0.0)
+        monkeypatch.setattr("app.engine.worker.STALL_FACTOR", 1e-9)
+        assert client.get("/health").status_code == 503
+        monkeypatch.setattr("app.engine.worker.STALL_FACTOR", 1e9)
+        assert client.get("/health").status_code == 200
+        live.pipeline.gate.set()
+        assert later.answer().status_code == 200
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_for_tests(port=0)
     assert serve(settings, create_engine(settings, failing_loader)) == 1
@@ -186,7 +218,7 @@ def test_a_bug_in_a_route_is_answered_without_its_traceback(
 ) -> None:
     pipeline = FakePipeline()
     settings = settings_for_tests()
-    app = create_app(settings, Engine(loader_of(pipeline), queue_limit=1))
+    app = create_app(settings, Engine(loader_of(pipeline)))
 
     @app.get("/broken")
     async def broken() -> None:

@@ -84,7 +84,7 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         drawn = read_fields(asked, drawing.settings, has_pictures=needs_picture)
         if needs_picture and not references:
             raise MissingParameterError("image is required: PNG, JPEG or WebP", param="image")
-        pictures = await drawing.pictures(references, mask, "image")
+        pictures = await drawing.pictures(request, references, mask, "image")
         if mask is None:
             params = with_pictures(drawn, pictures)
         else:
