@@ -19,8 +19,6 @@ from fluxcore.params import MAX_PROMPT_CHARS, MAX_SIDE_PX, MIN_SIDE_PX, SIZE_MUL
 Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 
-EVENTS_TYPE = "text/event-stream"
-
 # Constraints that the code checks elsewhere, in one place, for the document.
 SIDE_SCHEMA: Schema = {
     "minimum": MIN_SIDE_PX,
@@ -29,6 +27,7 @@ SIDE_SCHEMA: Schema = {
 }
 TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": r"\S"}
 PICTURE_SCHEMA: Schema = {"type": "string", "format": "picture"}
+EVENTS_CONTENT: Schema = {"schema": {"type": "string", "description": "Server-sent events."}}
 FILE_SCHEMA: Schema = {"type": "string", "format": "binary"}
 _SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
 SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"

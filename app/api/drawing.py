@@ -14,7 +14,9 @@ import anyio.to_thread
 from fastapi import Request
 
 from app.api.bodies import Source
+from app.api.event_stream import EventStream
 from app.api.input_pictures import InputPictures, PictureLimits, decode_pictures
+from app.api.job_events import Narrator, job_events
 from app.api.waiting import outcome_of
 from app.engine import Engine, Job, JobOptions, JobOutcome, Packing
 from app.engine.jobs import DEFAULT_OPTIONS
@@ -83,3 +85,8 @@ class Drawing:
     async def outcome(self, request: Request, job: Job) -> JobOutcome:
         """Wait for the job; see ``outcome_of``."""
         return await outcome_of(request, self.engine, job, self.settings.request_timeout_s)
+
+    def stream(self, job: Job, narrator: Narrator) -> EventStream:
+        """The job's events as an answer."""
+        timeout_s = self.settings.request_timeout_s
+        return EventStream(job_events(self.engine, job, narrator, timeout_s))

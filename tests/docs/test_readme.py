@@ -76,7 +76,7 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
     picture = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(picture, "PNG")
     (tmp_path / "out.png").write_bytes(picture.getvalue())
-    block = block.replace("http://127.0.0.1:7861", served.url).replace("curl -s", "curl -sf")
+    block = block.replace("http://127.0.0.1:7861", served.url).replace("curl -s", "curl -fs")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=tmp_path,
@@ -92,5 +92,8 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
         with Image.open(tmp_path / written[1]) as image:
             assert image.format == "PNG"
             assert "Seed: " in image.text["parameters"]  # type: ignore[attr-defined]
+    elif "stream" in block:
+        assert done.stdout.startswith("event: ")
+        assert "completed\ndata: {" in done.stdout
     else:
         assert json.JSONDecoder().raw_decode(done.stdout)[0]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from app.api.openai.fields import ImagesRequest
 from app.engine import JobOutcome, PackedPicture, PictureFormat
+from app.engine.contract import Resolved
 from fluxcore.fitting import fitted_size
 from fluxcore.params import SIZE_MULTIPLE, GenerationParams
 
@@ -78,9 +79,8 @@ def usage_of(outcome: JobOutcome, params: GenerationParams, pictures: int) -> di
     }
 
 
-def common_keys(outcome: JobOutcome, asked: ImagesRequest) -> dict[str, Any]:
+def common_keys(resolved: Resolved, asked: ImagesRequest) -> dict[str, Any]:
     """What an answer and the events of a stream both say of their pictures."""
-    resolved = outcome.resolved
     quality = asked.told_quality
     return {
         "background": "opaque",
@@ -118,7 +118,7 @@ def images_json(
             }
             for i, picture in enumerate(outcome.pictures)
         ],
-        **common_keys(outcome, asked),
+        **common_keys(outcome.resolved, asked),
         "usage": usage_of(outcome, params, len(outcome.pictures)),
         **additions(outcome, warnings),
     }

@@ -15,10 +15,11 @@ from app.api.documents import (
     SIDE_SCHEMA,
     SIZE_PATTERN,
     TEXT_SCHEMA,
+    Schema,
 )
 from app.engine import PictureFormat
 from app.errors import InvalidRequestError, MissingParameterError
-from fluxcore.params import MAX_IMAGES, MAX_SEED, MAX_STEPS
+from fluxcore.params import MAX_IMAGES, MAX_REFERENCES, MAX_SEED, MAX_STEPS
 
 # Clients written for the older models read an address unless they ask for more.
 URL_MODELS = "dall-e"
@@ -111,42 +112,31 @@ class ImagesRequest(BaseModel):
         return self.quality if self.quality in _TOLD_QUALITIES else None
 
 
-class ImageUrl(BaseModel):
-    """A picture as an object."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    url: Annotated[str, WithJsonSchema(PICTURE_SCHEMA)]
+def _optional(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
-class ImageReference(BaseModel):
-    """One picture of a JSON edit."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    image_url: Annotated[str, WithJsonSchema(PICTURE_SCHEMA)] | ImageUrl | None = None
-    file_id: Annotated[str | None, WithJsonSchema({"type": "null"})] = None
-
-    def source(self, param: str) -> str:
-        """The picture: a data URL, base64 or an address.
-
-        Raises:
-            InvalidRequestError: there is none.
-        """
-        if self.image_url is not None:
-            return self.image_url if isinstance(self.image_url, str) else self.image_url.url
-        if self.file_id is not None:
-            raise InvalidRequestError(
-                f"{param}.file_id names a stored file, and none are stored here; "
-                "send the picture as a data URL in image_url",
-                param=f"{param}.file_id",
-            )
-        raise MissingParameterError(
-            f"{param}.image_url is required: a data URL", param=f"{param}.image_url"
-        )
+def _many(schema: Schema) -> Schema:
+    return _optional({"type": "array", "items": schema, "maxItems": MAX_REFERENCES})
 
 
-_Picture = Annotated[str, WithJsonSchema(PICTURE_SCHEMA)] | ImageReference
+def _one_or_many(schema: Schema) -> Schema:
+    return {"anyOf": [schema, *_many(schema)["anyOf"]]}
+
+
+_URL_OBJECT: Schema = {
+    "type": "object",
+    "properties": {
+        "image_url": {
+            "anyOf": [
+                PICTURE_SCHEMA,
+                {"type": "object", "properties": {"url": PICTURE_SCHEMA}, "required": ["url"]},
+            ]
+        }
+    },
+    "required": ["image_url"],
+}
+_PICTURE: Schema = {"anyOf": [PICTURE_SCHEMA, _URL_OBJECT]}
 
 
 class EditForm(ImagesRequest):
@@ -161,13 +151,13 @@ class EditForm(ImagesRequest):
 class EditRequest(EditForm):
     """What ``POST /v1/images/edits`` takes as JSON."""
 
-    images: Annotated[list[_Picture], Field(fail_fast=True, max_length=16)] | None = Field(
+    images: Annotated[Any, WithJsonSchema(_many(_PICTURE))] = Field(
         None, description="The pictures to work from, as data URLs."
     )
-    image: _Picture | Annotated[list[_Picture], Field(fail_fast=True, max_length=16)] | None = (
-        Field(None, description="The same as images.")
+    image: Annotated[Any, WithJsonSchema(_one_or_many(_PICTURE))] = Field(
+        None, description="The same as images."
     )
-    mask: _Picture | None = Field(
+    mask: Annotated[Any, WithJsonSchema(_optional(_PICTURE))] = Field(
         None,
         description="Of the first picture's size; transparent (or, without transparency, white) "
         "parts are drawn again.",
@@ -198,5 +188,26 @@ class VariationForm(ImagesRequest):
         return super().wants_url
 
 
-def _source(item: str | ImageReference, param: str) -> str:
-    return item if isinstance(item, str) else item.source(param)
+def _source(item: Any, param: str) -> str:
+    """A picture's data URL, base64 or address, from any of the places where clients put it."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        found = item.get("image_url")
+        if isinstance(found, dict):
+            found = found.get("url")
+        if isinstance(found, str):
+            return found
+        if item.get("file_id") is not None:
+            raise InvalidRequestError(
+                f"{param}.file_id names a stored file, and none are stored here; "
+                "send the picture as a data URL in image_url",
+                param=f"{param}.file_id",
+            )
+        if found is None:
+            raise MissingParameterError(
+                f"{param}.image_url is required: a data URL", param=f"{param}.image_url"
+            )
+    raise InvalidRequestError(
+        f"{param} must be a data URL, or an object that holds one in image_url", param=param
+    )

@@ -64,6 +64,11 @@ def read_fields(asked: ImagesRequest, settings: Settings, *, has_pictures: bool)
             "background must be auto or opaque; got transparent, and the model draws none",
             param="background",
         )
+    if asked.stream and asked.response_format == "url":
+        raise InvalidRequestError(
+            "response_format must be b64_json with stream: the events hold the pictures",
+            param="response_format",
+        )
     names: dict[str, str] = {}
     given: dict[str, Any] = {"n": 1 if asked.n is None else asked.n}
     for target, aliases in (("steps", _STEPS), ("guidance", _GUIDANCE)):
@@ -86,8 +91,11 @@ def read_fields(asked: ImagesRequest, settings: Settings, *, has_pictures: bool)
     return Drawn(params, _packing(asked), _previews(asked), size, names, _warnings(asked))
 
 
-def with_pictures(drawn: Drawn, pictures: InputPictures) -> GenerationParams:
+def with_pictures(drawn: Drawn, pictures: InputPictures, name: str) -> GenerationParams:
     """The whole request. Slow under a mask: call it off the event loop.
+
+    Args:
+        name: what the request calls its references.
 
     Raises:
         InvalidRequestError: naming the field.
@@ -105,7 +113,7 @@ def with_pictures(drawn: Drawn, pictures: InputPictures) -> GenerationParams:
     try:
         return replace(params, references=references, mask=mask)
     except InvalidParamsError as error:
-        raise _named(error, {**drawn.names, "references": "image"}) from None
+        raise _named(error, {**drawn.names, "references": name}) from None
 
 
 def _one_of(asked: ImagesRequest, aliases: Sequence[str]) -> tuple[str, Any]:

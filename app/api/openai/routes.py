@@ -20,6 +20,7 @@ from app.api.bodies import (
     read_json,
 )
 from app.api.documents import (
+    EVENTS_CONTENT,
     FILE_SCHEMA,
     JOB_ERRORS,
     Responses,
@@ -31,11 +32,14 @@ from app.api.documents import (
     json_or_form_body,
 )
 from app.api.drawing import Drawing
+from app.api.event_stream import EVENTS_TYPE
 from app.api.openai.answers import ImagesAnswer, images_json
+from app.api.openai.events import ImageNarrator, Kind
 from app.api.openai.fields import EditForm, EditRequest, ImagesRequest, VariationForm
 from app.api.openai.models import ModelNames
 from app.api.openai.reading import read_fields, with_pictures
 from app.api.picture_links import PictureLinks, address_of
+from app.engine import JobOptions
 from app.errors import InvalidRequestError, MissingParameterError
 
 _FILES: Schema = {
@@ -51,17 +55,22 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
         check_json(request)
-        return await draw(request, await read_json(request, ImagesRequest))
+        return await draw(
+            request,
+            await read_json(request, ImagesRequest),
+            kind="image_generation",
+            needs_picture=False,
+        )
 
     async def edits(request: Request) -> Response:
         """Draw pictures from a prompt and pictures, or draw the part under a mask again."""
         if is_form(request):
             form = await read_form(request, drawing.settings.max_body_bytes)
             fields = parse_fields(form.fields, EditForm)
-            return await draw(request, fields, form.references, form.mask, needs_picture=True)
+            return await draw(request, fields, form.references, form.mask)
         asked = await read_json(request, EditRequest)
         references, mask = asked.sources()
-        return await draw(request, asked, references, mask, needs_picture=True)
+        return await draw(request, asked, references, mask, name="images")
 
     async def variations(request: Request) -> Response:
         """Draw pictures that are like one: an edit with a prompt of the service's own."""
@@ -70,7 +79,7 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         if form.mask is not None:
             raise InvalidRequestError("a variation takes no mask; use edits", param="mask")
         fields = parse_fields(form.fields, VariationForm)
-        return await draw(request, fields, form.references, needs_picture=True)
+        return await draw(request, fields, form.references)
 
     async def draw(
         request: Request,
@@ -78,18 +87,22 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         references: Sequence[Source] = (),
         mask: Source | None = None,
         *,
-        needs_picture: bool = False,
+        kind: Kind = "image_edit",
+        name: str = "image",
+        needs_picture: bool = True,
     ) -> Response:
         names.check(asked.model)
         drawn = read_fields(asked, drawing.settings, has_pictures=needs_picture)
         if needs_picture and not references:
             raise MissingParameterError("image is required: PNG, JPEG or WebP", param="image")
-        pictures = await drawing.pictures(request, references, mask, "image")
+        pictures = await drawing.pictures(request, references, mask, name)
         if mask is None:
-            params = with_pictures(drawn, pictures)
+            params = with_pictures(drawn, pictures, name)
         else:
-            params = await anyio.to_thread.run_sync(with_pictures, drawn, pictures)
-        job = drawing.submit(request, params, drawn.packing)
+            params = await anyio.to_thread.run_sync(with_pictures, drawn, pictures, name)
+        job = drawing.submit(request, params, drawn.packing, JobOptions(previews=drawn.previews))
+        if asked.stream:
+            return drawing.stream(job, ImageNarrator(kind, asked, job, drawn.warnings))
         outcome = await drawing.outcome(request, job)
         addresses = None
         if asked.wants_url:
@@ -129,5 +142,10 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
 
 
 def _responses() -> Responses:
-    answer = {"model": ImagesAnswer, "description": "The pictures, or addresses of them."}
+    answer = {
+        "model": ImagesAnswer,
+        "description": "The pictures, or addresses of them; with stream, events. "
+        "Each picture of a stream has a completed event of its own.",
+        "content": {EVENTS_TYPE: EVENTS_CONTENT},
+    }
     return {200: answer, **errors(404, *JOB_ERRORS)}

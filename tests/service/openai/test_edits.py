@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import random
 from typing import Any
 
 import httpx2
@@ -199,7 +200,7 @@ def test_an_empty_field_is_an_absent_one(client: TestClient) -> None:
 
 
 def test_a_text_part_may_be_large(client: TestClient) -> None:
-    large = Image.effect_noise((1200, 1000), 90).convert("RGB")
+    large = Image.frombytes("RGB", (512, 528), random.Random(0).randbytes(512 * 528 * 3))
     text = base64.b64encode(file_of(large)).decode()
     assert len(text) > 1024 * 1024
     assert edited(client, ("image", (None, text)), size="64x64").pictures
@@ -237,10 +238,12 @@ def test_a_mask_inside_json(client: TestClient) -> None:
         ({"images": []}, "image", "missing_required_parameter"),
         ({"images": [{}]}, "images[0].image_url", "missing_required_parameter"),
         ({"images": [{"file_id": "f"}]}, "images[0].file_id", "invalid_value"),
-        ({"images": [{"image_url": "https://a/b.png"}]}, "image[0]", "invalid_value"),
+        ({"images": [{"image_url": "https://a/b.png"}]}, "images[0]", "invalid_value"),
         ({"images": [DATA_URL], "mask": {}}, "mask.image_url", "missing_required_parameter"),
         ({"images": [DATA_URL], "mask": "x"}, "mask", "invalid_value"),
-        ({"images": [DATA_URL] * 11}, "image", "invalid_value"),
+        ({"images": [5]}, "images[0]", "invalid_value"),
+        ({"image": {"image_url": 5}}, "images[0]", "invalid_value"),
+        ({"images": [DATA_URL] * 11}, "images", "invalid_value"),
     ],
 )
 def test_what_is_no_picture_inside_json_is_named(
