@@ -175,6 +175,27 @@ class Settings(BaseModel):
         le=MAX_REFERENCES,
         description="Most reference pictures in one request; 0 refuses them all.",
     )
+    remote_images: bool = Field(
+        default=False,
+        description="Whether input pictures may be given as http(s) addresses, which are fetched.",
+    )
+    remote_image_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Hosts that such addresses may name: NAME or *.DOMAIN. Empty: all public ones.",
+    )
+    remote_image_networks: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Private addresses or networks that such hosts may have. Empty: none.",
+    )
+    remote_image_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        allow_inf_nan=False,
+        description="How long fetching one such picture may take in all.",
+    )
     conditioning_cache_bytes: ByteSize = Field(
         default=ByteSize(256 * 2**20),
         ge=0,
@@ -295,7 +316,7 @@ class Settings(BaseModel):
                 raise ValueError(f"two keys are named {name!r}; give each its own name")
         return value
 
-    @field_validator("allowed_hosts")
+    @field_validator("allowed_hosts", "remote_image_hosts")
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         lowered = tuple(rule.lower() for rule in value)
@@ -313,7 +334,7 @@ class Settings(BaseModel):
                 raise ValueError(f"an origin is scheme://host[:port]; got {origin!r}")
         return lowered
 
-    @field_validator("trusted_proxies")
+    @field_validator("trusted_proxies", "remote_image_networks")
     @classmethod
     def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for network in value:

@@ -17,6 +17,7 @@ from app.api.bodies import Source
 from app.api.event_stream import EventStream
 from app.api.input_pictures import InputPictures, PictureLimits, decode_pictures
 from app.api.job_events import Narrator, job_events
+from app.api.security.remote import RemotePictures
 from app.api.waiting import outcome_of
 from app.engine import Engine, Job, JobOptions, JobOutcome, Packing
 from app.engine.jobs import DEFAULT_OPTIONS
@@ -35,6 +36,7 @@ class Drawing:
         self.engine = engine
         self.settings = settings
         self._limits = PictureLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._remote = RemotePictures(settings)
         self._decoding = anyio.Semaphore(DECODING_THREADS)
 
     async def pictures(
@@ -61,6 +63,7 @@ class Drawing:
         self.engine.check_admission(request.state.client)
         if not references and mask is None:
             return InputPictures((), None)
+        references, mask = await self._remote.fetch_all(references, mask, name)
         async with self._decoding:
             return await anyio.to_thread.run_sync(
                 decode_pictures, references, mask, self._limits, name

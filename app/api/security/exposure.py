@@ -29,4 +29,9 @@ def exposure_warnings(settings: Settings) -> list[str]:
             "allowed_hosts has '*' and there are no API keys: a web page can use this service by "
             "pointing its own name here (DNS rebinding); list the names that are needed"
         )
+    if settings.remote_images and not settings.is_loopback and not settings.api_keys:
+        warnings.append(
+            "remote_images is on and there are no API keys: everyone who can reach this machine "
+            "can make it fetch addresses; set keys or remote_image_hosts"
+        )
     return warnings
