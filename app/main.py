@@ -22,6 +22,7 @@ from app.api.drawing import Drawing
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
 from app.api.idempotency import Idempotency
+from app.api.jobs import JOBS_PATH, job_routes
 from app.api.middleware import RequestContext
 from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
@@ -103,7 +104,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
         redirect_slashes=False,
     )
     app.add_middleware(
-        Idempotency, answers=None if kept is None else kept.answers, own_paths=("/v1/jobs",)
+        Idempotency, answers=None if kept is None else kept.answers, own_paths=(JOBS_PATH,)
     )
     app.add_middleware(Guard, settings=settings)
     # Added last, and so the outermost.
@@ -116,6 +117,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(image_routes(drawing, links, names))
     app.include_router(model_routes(names))
     app.include_router(link_routes(links))
+    app.include_router(job_routes(drawing, kept))
     app.include_router(status_routes(engine, settings))
     return app
 

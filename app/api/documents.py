@@ -40,6 +40,7 @@ _MEANINGS: dict[int, tuple[str, Mapping[str, str]]] = {
     406: ("Accept names nothing that this route can answer.", {}),
     413: ("The body is larger than the settings allow.", {}),
     415: ("The body's Content-Type is none that this route reads.", {}),
+    422: ("The Idempotency-Key was given with another request before.", {}),
     429: ("Too many jobs wait.", _RETRY),
     500: ("A fault of the service or of the device.", {}),
     503: ("No job is taken now: loading, ending or broken.", _RETRY),

@@ -46,27 +46,41 @@ class Drawing:
         mask: Source | None,
         name: str = "images",
     ) -> InputPictures:
-        """Decode a request's pictures, if there is room for a job of its client.
+        """Decode a request's pictures, if there is room for a job of its client; see ``decode``.
+
+        Raises:
+            InvalidRequestError: naming the picture that cannot be used.
+            ServiceError: no job is taken now.
+        """
+        self._check_count(references, name)
+        self.engine.check_admission(request.state.client)
+        return await self.decode(references, mask, name)
+
+    async def decode(
+        self, references: Sequence[Source], mask: Source | None, name: str = "images"
+    ) -> InputPictures:
+        """Decode a request's pictures.
 
         Args:
             name: what the request calls its references.
 
         Raises:
             InvalidRequestError: naming the picture that cannot be used.
-            ServiceError: no job is taken now.
         """
-        allowed = self.settings.max_references
-        if len(references) > allowed:
-            raise InvalidRequestError(
-                f"at most {allowed} images are allowed; got {len(references)}", param=name
-            )
-        self.engine.check_admission(request.state.client)
+        self._check_count(references, name)
         if not references and mask is None:
             return InputPictures((), None)
         references, mask = await self._remote.fetch_all(references, mask, name)
         async with self._decoding:
             return await anyio.to_thread.run_sync(
                 decode_pictures, references, mask, self._limits, name
+            )
+
+    def _check_count(self, references: Sequence[Source], name: str) -> None:
+        allowed = self.settings.max_references
+        if len(references) > allowed:
+            raise InvalidRequestError(
+                f"at most {allowed} images are allowed; got {len(references)}", param=name
             )
 
     def submit(

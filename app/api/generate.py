@@ -42,9 +42,9 @@ def generate_routes(drawing: Drawing) -> APIRouter:
         check_json(request)
         body = await request.body()
         if len(body) <= SMALL_BODY_BYTES:
-            asked = parse_generate(body)
+            asked = parse_generate(body, GenerateRequest)
         else:
-            asked = await anyio.to_thread.run_sync(parse_generate, body)
+            asked = await anyio.to_thread.run_sync(parse_generate, body, GenerateRequest)
         kind = choose_answer(request.headers.getlist("accept"), asked.output_format)
         params = plain_params(asked, drawing.settings)
         if params.n > 1 and not kind.is_json:

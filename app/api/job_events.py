@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Protocol
 
 import anyio.to_thread
 
 from app.api.waiting import left_error, timeout_error
 from app.engine import Engine, Job, JobEvent, JobOutcome, Preview, Queued, Settled, StepDone
+from app.engine.events import Listener
 from app.errors import ServiceError, as_service_error
 
 
@@ -38,11 +39,11 @@ class JobWatch:
     client that does not read holds one preview of each picture at most.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, watch: Callable[[Listener], Callable[[], None]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: deque[JobEvent] = deque()
         self._news = asyncio.Event()
-        self._stop = job.watch(self._hear)
+        self._stop = watch(self._hear)
 
     async def next(self) -> JobEvent:
         """The next event; must not be called after ``Settled``."""
@@ -72,7 +73,7 @@ async def job_events(
 ) -> AsyncGenerator[bytes, None]:
     """The job's events until it has ended; closing the generator cancels the job."""
     end_s = asyncio.get_running_loop().time() + timeout_s
-    watch = JobWatch(job)
+    watch = JobWatch(job.watch)
     reason: ServiceError = left_error()
     try:
         while True:

@@ -133,8 +133,13 @@ def address_of(request: Request, name: str) -> str:
     It begins as the client began its own, or as the one that a trusted proxy tells of.
     A client that lies about its Host misleads nobody but itself.
     """
+    return f"{base_address(request)}{LINK_PATH}/{name}"
+
+
+def base_address(request: Request) -> str:
+    """What stands before the path; see ``address_of``."""
     host = request.headers.get("host") or _own_address(request)
-    return f"{request.url.scheme}://{host}{LINK_PATH}/{name}"
+    return f"{request.url.scheme}://{host}"
 
 
 def _own_address(request: Request) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -67,6 +68,9 @@ class GenerateRequest(BaseModel):
     )
 
 
+Asked = TypeVar("Asked", bound=GenerateRequest)
+
+
 class GeneratedPicture(BaseModel):
     """One picture of an answer. Units: pixels."""
 
@@ -105,21 +109,21 @@ class GenerateResponse(BaseModel):
     warnings: list[str]
 
 
-def parse_generate(body: bytes) -> GenerateRequest:
+def parse_generate(body: bytes, model: type[Asked]) -> Asked:
     """A request body, checked.
 
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
-    _check_names(body)
+    _check_names(body, model.model_fields)
     try:
-        return GenerateRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        raise from_problems(problems, GenerateRequest.model_fields) from None
+        raise from_problems(problems, model.model_fields) from None
 
 
-def _check_names(body: bytes) -> None:
+def _check_names(body: bytes, known: Mapping[str, Any]) -> None:
     """Refuse the first unknown name; pydantic would make an error for each of a million.
 
     What is no JSON object is left to pydantic, which says so.
@@ -128,7 +132,6 @@ def _check_names(body: bytes) -> None:
         given = from_json(body)
     except ValueError:
         return
-    known = GenerateRequest.model_fields
     if not isinstance(given, dict) or given.keys() <= known.keys():
         return
     name = next(name for name in given if name not in known)
@@ -186,10 +189,14 @@ def all_warnings(
     outcome: JobOutcome, asked: GenerateRequest, picture_format: PictureFormat
 ) -> list[str]:
     """The model's warnings and those about the file format."""
-    warnings = list(outcome.warnings)
-    if asked.quality is not None and picture_format in LOSSLESS:
-        warnings.append(f"quality has no effect on {picture_format}, which is lossless")
-    return warnings
+    return [*outcome.warnings, *packing_warnings(asked, picture_format)]
+
+
+def packing_warnings(asked: GenerateRequest, picture_format: PictureFormat) -> list[str]:
+    """What was asked for and has no effect on the file."""
+    if asked.quality is None or picture_format not in LOSSLESS:
+        return []
+    return [f"quality has no effect on {picture_format}, which is lossless"]
 
 
 def response_json(

@@ -237,11 +237,15 @@ class Scheduler:
         )
 
     def _check(self, wanted: Load, client: str) -> None:
+        # What was accepted before has bounds of its own, and leaves these to the others.
         loads = [
             Load(self._policy.remaining_s(entry), entry.left.pixels, not entry.is_active)
             for entry in self._foreseen()
+            if not entry.job.options.is_admitted
         ]
-        own = sum(job.options.client == client for job in self._waiting)
+        own = sum(
+            job.options.client == client and not job.options.is_admitted for job in self._waiting
+        )
         self._admission.check(wanted, loads, own, self._clock())
 
     def _places(self) -> Iterator[tuple[Entry, Queued]]:

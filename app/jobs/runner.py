@@ -185,16 +185,19 @@ class JobRunner:
         live = self._live.get(job_id)
         return [] if live is None else live.current(self._place(live))
 
-    def watch(self, job_id: str, listener: Listener) -> Callable[[], None] | None:
+    def watch(self, job_id: str, listener: Listener) -> Callable[[], None]:
         """Tell ``listener`` how a job stands and then what becomes of it.
 
         ``Settled`` says that the record has news: the end, or that the process is ending.
 
         Returns:
-            A function that ends the watching, or None when the job is final.
+            A function that ends the watching.
         """
         live = self._live.get(job_id)
-        return None if live is None else live.events.watch(listener, self._place(live))
+        if live is None:
+            listener(Settled())
+            return lambda: None
+        return live.events.watch(listener, self._place(live))
 
     # --- everything below runs on the thread, which alone changes what waits ---
 

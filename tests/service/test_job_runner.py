@@ -138,7 +138,7 @@ def test_a_watcher_hears_the_end_when_it_is_on_the_disk(start_jobs: Open) -> Non
         if isinstance(event, Settled):
             at_the_end.append(service.record(job_id).status)
 
-    assert service.runner.watch(job_id, listen) is not None
+    service.runner.watch(job_id, listen)
     assert service.runner.current(job_id)
     service.pipeline.gate.set()
     wait_until(lambda: at_the_end)
@@ -146,8 +146,11 @@ def test_a_watcher_hears_the_end_when_it_is_on_the_disk(start_jobs: Open) -> Non
     kinds = [type(event) for event in heard if not isinstance(event, Queued)]
     assert kinds[0] is Started and kinds[-1] is Settled
     assert kinds.count(StepDone) == 4 and kinds.count(Preview) == 2
-    assert service.runner.watch(job_id, listen) is None
     assert service.runner.current(job_id) == []
+    # Who comes too late hears that there is nothing more to hear.
+    late: list[JobEvent] = []
+    service.runner.watch(job_id, late.append)()
+    assert late == [Settled()]
 
 
 def test_those_that_wait_behind_the_engine_are_told_their_place(start_jobs: Open) -> None:
@@ -182,11 +185,13 @@ def test_a_class_goes_before_the_next_one(start_jobs: Open) -> None:
     assert ended == ["interactive", "normal", "batch"]
 
 
-def test_accepted_jobs_are_not_refused_for_a_full_queue(start_jobs: Open) -> None:
+def test_accepted_jobs_and_the_queue_do_not_stand_in_each_others_way(start_jobs: Open) -> None:
     service = start_jobs(queue_limit=1)
     service.pipeline.close_gate()
     ids = [service.accept() for _ in range(5)]
     wait_until(lambda: service.engine.status().queue_depth == 4)
+    # Nor do they take the room of those who wait for an answer.
+    service.engine.check_admission("local")
     service.pipeline.gate.set()
     for job_id in ids:
         service.wait(job_id)
@@ -250,7 +255,7 @@ def test_a_job_cancelled_in_the_last_moment_leaves_no_pictures(
     monkeypatch.setattr(JobFiles, "write_results", cancel_first)
     job_id = service.accept()
     service.wait(job_id, JobStatus.CANCELLED)
-    wait_until(lambda: service.runner.watch(job_id, lambda _: None) is None)
+    wait_until(lambda: not service.runner.current(job_id))
     assert files_of(data, "results") == []
 
 
