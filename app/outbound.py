@@ -114,6 +114,15 @@ class _Target:
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
+def check_url(url: str, destinations: Destinations) -> None:
+    """Look at an address that will be asked later, without looking its host up.
+
+    Raises:
+        OutboundError: it may not be asked.
+    """
+    destinations.check_host(_target(url).host)
+
+
 async def exchange(
     method: str,
     url: str,

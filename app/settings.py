@@ -272,6 +272,20 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         description="How long the answer to a request with an Idempotency-Key is kept.",
     )
+    webhook_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Hosts that may be told of a job's end: NAME or *.DOMAIN. Empty: none.",
+    )
+    webhook_networks: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Private addresses or networks that such hosts may have. Empty: none.",
+    )
+    webhook_secret_file: Path | None = Field(
+        default=None,
+        description="File with the secret that webhooks are signed with: whsec_ and base64.",
+    )
 
     @field_validator("device")
     @classmethod
@@ -292,6 +306,8 @@ class Settings(BaseModel):
         "cors_origins",
         "trusted_proxies",
         "model_aliases",
+        "webhook_hosts",
+        "webhook_networks",
         mode="before",
     )
     @classmethod
@@ -316,7 +332,7 @@ class Settings(BaseModel):
                 raise ValueError(f"two keys are named {name!r}; give each its own name")
         return value
 
-    @field_validator("allowed_hosts", "remote_image_hosts")
+    @field_validator("allowed_hosts", "remote_image_hosts", "webhook_hosts")
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         lowered = tuple(rule.lower() for rule in value)
@@ -324,6 +340,13 @@ class Settings(BaseModel):
             if _HOST_RULE.fullmatch(rule) is None:
                 raise ValueError(f"a host is NAME, *.DOMAIN or *, without a port; got {rule!r}")
         return lowered
+
+    @field_validator("webhook_hosts")
+    @classmethod
+    def _check_webhook_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError("name the hosts that may be told, NAME or *.DOMAIN; got '*'")
+        return value
 
     @field_validator("cors_origins")
     @classmethod
@@ -334,7 +357,7 @@ class Settings(BaseModel):
                 raise ValueError(f"an origin is scheme://host[:port]; got {origin!r}")
         return lowered
 
-    @field_validator("trusted_proxies", "remote_image_networks")
+    @field_validator("trusted_proxies", "remote_image_networks", "webhook_networks")
     @classmethod
     def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for network in value:

@@ -19,6 +19,7 @@ from typing import Annotated, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 from app.api.bodies import SMALL_BODY_BYTES, check_json
 from app.api.documents import (
@@ -57,6 +58,7 @@ from app.jobs.answers import RequestKey
 from app.jobs.files import is_job_id, new_job_id
 from app.jobs.opening import Kept
 from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest
+from app.outbound import MAX_URL_CHARS
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,16 @@ JOBS_PATH = "/v1/jobs"
 DEFAULT_PAGE = 20
 LARGEST_PAGE = 100
 SEED_BITS = 32
-_IMAGE_NAME = re.compile(r"([0-9]{1,3})(\.[a-z]{3,4})?")
 _NO_JOB = "there is no such job, or no longer"
+_IMAGE_NAME = re.compile(r"([0-9]{1,3})(\.[a-z]{3,4})?")
+
+
+class JobRequest(GenerateRequest):
+    """What ``POST /v1/jobs`` takes: what ``/v1/generate`` does, and who is told of the end."""
+
+    webhook: Annotated[str, Field(max_length=MAX_URL_CHARS)] | None = Field(
+        None, description="Address that is told of the job's end. Its host must be allowed here."
+    )
 
 
 def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
@@ -113,7 +123,7 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         JOBS_PATH,
         status_code=202,
         response_model=JobAnswer,
-        openapi_extra=json_body(GenerateRequest),
+        openapi_extra=json_body(JobRequest),
         responses=errors(404, 422, *JOB_ERRORS),
     )
     async def create(request: Request) -> Response:
@@ -126,9 +136,11 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         if known is not None:
             return accepted(request, known, is_repeat=True)
         if len(body) <= SMALL_BODY_BYTES:
-            asked = parse_generate(body, GenerateRequest)
+            asked = parse_generate(body, JobRequest)
         else:
-            asked = await anyio.to_thread.run_sync(parse_generate, body, GenerateRequest)
+            asked = await anyio.to_thread.run_sync(parse_generate, body, JobRequest)
+        if asked.webhook is not None:
+            opened().webhooks.check(asked.webhook)
         params = plain_params(asked, drawing.settings)
         packing = packing_of(asked, asked.output_format or DEFAULT_FORMAT)
         await _stored(jobs.store.check_limits())
@@ -148,6 +160,7 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
             request=StoredRequest.of(
                 params, packing, warnings=tuple(packing_warnings(asked, packing.format))
             ),
+            webhook=asked.webhook,
             idempotency_key=None if key is None else key.key,
             fingerprint=None if key is None else key.fingerprint,
         )

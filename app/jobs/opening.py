@@ -12,6 +12,7 @@ from app.jobs.files import DataDirectoryError, JobFiles
 from app.jobs.runner import JobRunner, Retention
 from app.jobs.schema import open_database
 from app.jobs.store import JobStore, Limits
+from app.jobs.webhooks import Webhooks
 from app.settings import Settings, SettingsError
 
 # Kept jobs that the engine has at a time: enough to run those of one shape as a batch.
@@ -26,12 +27,14 @@ class Kept:
     database: Database
     jobs: JobRunner
     answers: KeptAnswers
+    webhooks: Webhooks
     is_closed: bool = False
 
     def start(self) -> None:
         """Take up what an earlier process left."""
         self.answers.start()
         self.jobs.start()
+        self.webhooks.start()
 
     def close(self) -> None:
         """End, once the engine has. A second call does nothing."""
@@ -39,6 +42,7 @@ class Kept:
             return
         self.is_closed = True
         self.jobs.close()
+        self.webhooks.close()
         self.database.close()
         self.files.close()
 
@@ -64,6 +68,12 @@ def open_kept(settings: Settings, engine: Engine) -> Kept | None:
             f"data_dir {directory}: {error}; name another one with --set data_dir=DIR, "
             "or keep nothing with --set data_dir=off"
         ) from None
+    try:
+        webhooks = Webhooks(database, settings)
+    except SettingsError:
+        database.close()
+        files.close()
+        raise
     most_bytes = settings.job_storage_bytes
     jobs = JobRunner(
         engine,
@@ -71,6 +81,7 @@ def open_kept(settings: Settings, engine: Engine) -> Kept | None:
         files,
         Retention(settings.job_retention_s, most_bytes),
         most_in_engine=MOST_IN_ENGINE,
+        on_end=webhooks.wake,
     )
     answers = KeptAnswers(database, files, settings.idempotency_retention_s, most_bytes)
-    return Kept(files, database, jobs, answers)
+    return Kept(files, database, jobs, answers, webhooks)

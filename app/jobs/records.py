@@ -6,7 +6,9 @@ and where they are.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -204,3 +206,32 @@ def outcome_json(outcome: JobOutcome) -> str:
 def error_json(error: ServiceError) -> str:
     """An error's fields as clients see them, as they are stored."""
     return json.dumps(error.body()["error"])
+
+
+def new_delivery_id() -> str:
+    """A name for one piece of news, by which a receiver knows its repetitions."""
+    return f"msg_{secrets.token_hex(16)}"
+
+
+def webhook_body(record: JobRecord) -> str:
+    """What a webhook says of a job that has ended; the pictures are fetched from the service."""
+    assert record.finished_s is not None, "it has ended"
+    path = f"/v1/jobs/{record.id}"
+    pictures = [] if record.outcome is None else record.outcome["pictures"]
+    ended = dt.datetime.fromtimestamp(record.finished_s, dt.UTC)
+    return json.dumps(
+        {
+            "type": f"job.{record.status}",
+            "timestamp": ended.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "data": {
+                "id": record.id,
+                "status": record.status,
+                "path": path,
+                "images": [
+                    {"path": f"{path}/images/{index}", **picture}
+                    for index, picture in enumerate(pictures)
+                ],
+                "error": record.error,
+            },
+        }
+    )

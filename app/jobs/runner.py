@@ -78,6 +78,7 @@ class JobRunner:
     Args:
         most_in_engine: kept jobs that the engine has at a time. The others wait on the
             disk, so that they hold no memory and leave room for requests that are waited for.
+        on_end: called whenever a job's end is on the disk; must not block.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class JobRunner:
         retention: Retention,
         *,
         most_in_engine: int,
+        on_end: Callable[[], None],
     ) -> None:
         self.store = store
         self.files = files
         self._engine = engine
         self._retention = retention
         self._most_in_engine = most_in_engine
+        self._on_end = on_end
         self._live: dict[str, LiveJob] = {}
         # Those of them that the engine does not have, in the order to be run.
         self._waiting: list[LiveJob] = []
@@ -126,8 +129,9 @@ class JobRunner:
         if self._is_closed:
             return
         self._is_closed = True
-        self._inbox.put(None)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
         for live in list(self._live.values()):
             live.events.emit(Settled())
 
@@ -336,6 +340,7 @@ class JobRunner:
         self.files.remove_inputs(live.id)
         self._live.pop(live.id, None)
         live.events.emit(Settled())
+        self._on_end()
 
     def _remove_outlived(self) -> None:
         retention = self._retention

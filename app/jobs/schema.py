@@ -46,6 +46,14 @@ SCHEMA = (
         headers TEXT NOT NULL,
         body_bytes INTEGER NOT NULL,
         PRIMARY KEY (client, idempotency_key)
+    );
+    CREATE TABLE deliveries (
+        id TEXT PRIMARY KEY,
+        job_id TEXT NOT NULL,
+        url TEXT NOT NULL,
+        body TEXT NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        next_s REAL NOT NULL
     )
     """,
 )

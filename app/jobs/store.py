@@ -1,7 +1,7 @@
 """The records of accepted jobs, as questions and changes that each happen at once.
 
-Owns the rules of a job's status: it becomes final once and never
-changes again. Every method returns a future and none of them blocks.
+Owns the rules of a job's status: it becomes final once, which its webhook is told of,
+and never changes again. Every method returns a future and none of them blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from app.jobs.records import (
     NewJob,
     StoredRequest,
     error_json,
+    new_delivery_id,
     outcome_json,
+    webhook_body,
 )
 
 # How many finished jobs tell how fast jobs are finished.
@@ -284,7 +286,15 @@ def _finish(
         f" input_bytes = 0 WHERE id = ? AND {_UNFINISHED}",
         (status, time.time(), outcome, error, result_bytes, job_id),
     )
-    return done.rowcount == 1
+    if done.rowcount != 1:
+        return False
+    record = _by_id(connection, job_id)
+    if record.webhook is not None:
+        connection.execute(
+            "INSERT INTO deliveries (id, job_id, url, body, next_s) VALUES (?, ?, ?, ?, ?)",
+            (new_delivery_id(), job_id, record.webhook, webhook_body(record), time.time()),
+        )
+    return True
 
 
 def _by_id(connection: sqlite3.Connection, job_id: str) -> JobRecord:

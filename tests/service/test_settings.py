@@ -96,6 +96,9 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("shutdown_grace_s", -1, "greater than or equal to 0"),
         ("host", "", "at least 1 character"),
         ("data_dir", "", "at least 1 character"),
+        ("webhook_hosts", "*", "name the hosts"),
+        ("webhook_hosts", "http://a", "a host is NAME"),
+        ("webhook_networks", "lan", "a network is ADDRESS"),
         ("job_limit", 0, "greater than or equal to 1"),
         ("job_retention_s", "inf", "finite"),
         ("job_storage_bytes", 1, "greater than or equal to"),
@@ -182,6 +185,7 @@ def test_the_shipped_file_documents_every_setting_with_its_default() -> None:
     assert tomllib.loads(text) == {}
     shown = dict(re.findall(r"^# ([a-z_]+) = (.+)$", text, flags=re.MULTILINE))
     assert shown.pop("model").startswith('"')
+    assert shown.pop("webhook_secret_file").startswith('"')
     defaults = {
         name: toml_value(value)
         for name, value in Settings().model_dump().items()
