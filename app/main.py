@@ -23,6 +23,7 @@ from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
 from app.api.idempotency import Idempotency
 from app.api.jobs import JOBS_PATH, job_routes
+from app.api.metrics import Measured, loop_watched, metrics_routes
 from app.api.middleware import RequestContext
 from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
@@ -89,7 +90,8 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
         engine.start()
         if kept is not None:
             await asyncio.to_thread(kept.start)
-        yield
+        async with loop_watched(engine.metrics):
+            yield
         await asyncio.to_thread(engine.stop, settings.shutdown_grace_s)
         if kept is not None:
             await asyncio.to_thread(kept.close)
@@ -107,8 +109,9 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
         Idempotency, answers=None if kept is None else kept.answers, own_paths=(JOBS_PATH,)
     )
     app.add_middleware(Guard, settings=settings)
-    # Added last, and so the outermost.
     app.add_middleware(RequestContext)
+    # Added last, and so the outermost.
+    app.add_middleware(Measured, metrics=engine.metrics)
     install_error_handlers(app)
     drawing = Drawing(engine, settings)
     links = PictureLinks(settings.picture_link_bytes, settings.picture_link_lifetime_s)
@@ -119,6 +122,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(link_routes(links))
     app.include_router(job_routes(drawing, kept))
     app.include_router(status_routes(engine, settings))
+    app.include_router(metrics_routes(engine, engine.metrics))
     return app
 
 

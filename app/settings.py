@@ -75,9 +75,9 @@ class Settings(BaseModel):
         default="info",
         description="Least level that is logged. Prompts are logged at debug only.",
     )
-    log_format: Literal["auto", "human", "plain"] = Field(
+    log_format: Literal["auto", "human", "plain", "json"] = Field(
         default="auto",
-        description="human: short, coloured; plain: full timestamps; auto: human on a terminal.",
+        description="human: coloured; plain: full; json: for programs; auto: by the terminal.",
     )
     api_keys: tuple[str, ...] = Field(
         default=(),

@@ -1,11 +1,12 @@
 """Logging: the only module that configures it.
 
-Owns the two line formats, the request id that records carry, and the one line
+Owns the three line formats, the request id that records carry, and the one line
 that each finished job leaves. Knows nothing of HTTP or of the pipeline.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -68,17 +69,39 @@ class LineFormatter(logging.Formatter):
         return line
 
 
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line. An event's fields stand in it under their own names."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a traceback stands in it as text."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "request_id": getattr(record, "request_id", None),
+            "message": getattr(record, "event", None) or record.getMessage(),
+        }
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        line.update({name: value for name, value in fields.items() if name not in line})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
 def configure_logging(level: str, line_format: str = "auto", stream: TextIO | None = None) -> None:
     """Send all records of ``level`` and above to ``stream`` (standard error when left out).
 
     Args:
         level: debug, info, warning or error.
-        line_format: human, plain, or auto: human when the stream is a terminal.
+        line_format: human, plain, json, or auto: human on a terminal, else plain.
     """
     target = sys.stderr if stream is None else stream
     is_human = line_format == "human" or (line_format == "auto" and target.isatty())
     handler = logging.StreamHandler(target)
-    handler.setFormatter(LineFormatter(is_human=is_human))
+    handler.setFormatter(
+        JsonFormatter() if line_format == "json" else LineFormatter(is_human=is_human)
+    )
     handler.addFilter(RequestIdFilter())
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -95,6 +118,24 @@ def configure_logging(level: str, line_format: str = "auto", stream: TextIO | No
 def fields_line(event: str, fields: Mapping[str, object]) -> str:
     """``event name=value name=value``, the form of every line that programs may read."""
     return " ".join([event, *(f"{name}={_shown(value)}" for name, value in fields.items())])
+
+
+def log_event(
+    logger: logging.Logger,
+    level: int,
+    event: str,
+    fields: Mapping[str, object],
+    request_id: str | None = None,
+) -> None:
+    """Log an event with fields, which the JSON form keeps apart.
+
+    Args:
+        request_id: of the job that it is about, where that is not the current one.
+    """
+    extra: dict[str, object] = {"event": event, "fields": fields}
+    if request_id is not None:
+        extra["request_id"] = request_id
+    logger.log(level, "%s", fields_line(event, fields), extra=extra)
 
 
 def _shown(value: object) -> str:

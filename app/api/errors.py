@@ -58,7 +58,11 @@ def render(error: ServiceError) -> JSONResponse:
 
 def log_refusal(method: str, error: ServiceError) -> None:
     """The line of a request that is answered with an error."""
-    line = telemetry.fields_line(
+    # Refusals that an operator can do something about; the rest is the client's business.
+    is_for_operators = error.status in (401, 403, 421, 429, 503)
+    telemetry.log_event(
+        logger,
+        logging.INFO if is_for_operators else logging.DEBUG,
         "refused",
         {
             "method": method,
@@ -67,9 +71,6 @@ def log_refusal(method: str, error: ServiceError) -> None:
             "param": error.param,
         },
     )
-    # Refusals that an operator can do something about; the rest is the client's business.
-    is_for_operators = error.status in (401, 403, 421, 429, 503)
-    logger.log(logging.INFO if is_for_operators else logging.DEBUG, line)
 
 
 def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ServiceError:

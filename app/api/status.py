@@ -33,6 +33,7 @@ ROUTES = {
     "GET /v1/models/{id}": "one of them",
     "GET /health": "whether the process works; 503 when it must be restarted",
     "GET /ready": "whether jobs are taken; 503 until the model is loaded and warm",
+    "GET /metrics": "counters and times for Prometheus",
     "GET /openapi.json": "the description of all routes for programs",
 }
 

@@ -36,7 +36,19 @@ class Device(Protocol):
     """Where it runs."""
 
     def describe(self) -> dict[str, str]: ...
+    def memory_bytes(self) -> Mapping[str, int]: ...
     def release_memory(self) -> None: ...
+
+
+class Cache(Protocol):
+    """The memory of recent prompts. Its counters may be read from any thread."""
+
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def bytes_used(self) -> int: ...
 
 
 class Resolved(Protocol):
@@ -109,12 +121,14 @@ class Slice(Protocol):
 
 
 class Pipeline(Protocol):
-    """A loaded model. All but ``prepare`` is called from the worker thread only."""
+    """A loaded model. Methods other than ``prepare`` are called from the worker thread only."""
 
     @property
     def info(self) -> Model: ...
     @property
     def runtime(self) -> Device: ...
+    @property
+    def conditioning_cache(self) -> Cache: ...
 
     def warm_up(
         self,

@@ -10,13 +10,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from app import telemetry
 from app.engine.admission import Limits
-from app.engine.contract import Loader, Pipeline, Result
+from app.engine.contract import Cache, Loader, Pipeline, Result
 from app.engine.events import Preview
 from app.engine.flight import FlightTimes, PreviewPicture
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
@@ -28,9 +29,12 @@ from app.errors import (
     EngineDeadError,
     InternalError,
     NotReadyError,
+    QueueFullError,
     ServiceError,
     ShuttingDownError,
 )
+from app.metrics import Metrics
+from fluxcore.fitting import fitted_size
 from fluxcore.params import GenerationParams
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,10 @@ LOADING_RETRY_S = 5.0
 # How long a cancelled job may take to reach its next slice at the end, in seconds.
 LAST_SLICE_S = 10.0
 POLL_S = 0.02
+# Different shapes that are counted; more are as bad as so many.
+MOST_SHAPES = 10_000
+
+Shape = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,24 @@ class EngineStatus:
     running: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """What an operator watches; see ``app.api.metrics`` for what each means.
+
+    Attributes:
+        work_s: estimated seconds of all that waits and runs.
+        shapes: different sizes of pictures and references drawn so far, which compiled
+            kernels and Metal's memory grow with.
+        cache: None while loading.
+    """
+
+    in_flight: int
+    work_s: float
+    shapes: int
+    memory_bytes: Mapping[str, int]
+    cache: Cache | None
+
+
 class Engine:
     """Owns the job from its admission to its answer.
 
@@ -86,9 +112,12 @@ class Engine:
     ) -> None:
         self._scheduler = Scheduler(limits or Limits())
         self._packers = PackingPool()
+        self.metrics = Metrics()
+        self._shapes: set[Shape] = set()
         self._worker = Worker(
             load,
             self._scheduler,
+            self.metrics,
             warm_up_sizes=warm_up_sizes,
             on_drawn=self._drawn,
             on_preview=self._previewed,
@@ -121,8 +150,9 @@ class Engine:
         Raises:
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
-        self._pipeline()
-        self._scheduler.check(client)
+        with self._rejections_counted():
+            self._pipeline()
+            self._scheduler.check(client)
 
     def check_request(self, params: GenerationParams) -> None:
         """Refuse a request that is to be submitted some other time.
@@ -148,12 +178,14 @@ class Engine:
             InvalidParamsError: it does not fit the loaded model.
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
-        resolved = self._pipeline().prepare(params).params
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=resolved.seeds[0])
-        job = Job(params, resolved, packing, request_id, options)
-        if not self._scheduler.admit(job):
-            raise self._shutting_down()
+        # One that was accepted before is offered again and again until the engine takes it.
+        with self._rejections_counted(is_on=not options.is_admitted):
+            resolved = self._pipeline().prepare(params).params
+            if params.seed is None:
+                params = dataclasses.replace(params, seed=resolved.seeds[0])
+            job = Job(params, resolved, packing, request_id, options)
+            if not self._scheduler.admit(job):
+                raise self._shutting_down()
         logger.debug("prompt: %s", params.prompt)
         return job
 
@@ -179,6 +211,17 @@ class Engine:
             device={} if pipeline is None else pipeline.runtime.describe(),
             queue_depth=self._scheduler.depth,
             running=len(self._scheduler.active),
+        )
+
+    def figures(self) -> EngineFigures:
+        """What is measured about the engine at this moment."""
+        pipeline = self._worker.pipeline
+        return EngineFigures(
+            in_flight=self._scheduler.in_flight,
+            work_s=self._scheduler.work_s,
+            shapes=len(self._shapes),
+            memory_bytes={} if pipeline is None else pipeline.runtime.memory_bytes(),
+            cache=None if pipeline is None else pipeline.conditioning_cache,
         )
 
     def drain(self) -> None:
@@ -234,6 +277,16 @@ class Engine:
             )
         return worker.pipeline
 
+    @contextmanager
+    def _rejections_counted(self, *, is_on: bool = True) -> Iterator[None]:
+        try:
+            yield
+        except ServiceError as error:
+            if is_on:
+                bound = error.bound if isinstance(error, QueueFullError) else error.code
+                self.metrics.rejected(bound)
+            raise
+
     def _shutting_down(self) -> ShuttingDownError:
         return ShuttingDownError(
             "the service is shutting down; try again when it is back",
@@ -243,6 +296,9 @@ class Engine:
     def _drawn(self, job: Job, result: Result, times: FlightTimes) -> None:
         """The device is done with the job: pack its pictures while others run."""
         drawn_s = time.monotonic()
+        if len(self._shapes) < MOST_SHAPES:
+            references = tuple(fitted_size(picture) for picture in job.params.references)
+            self._shapes.add((result.params.width, result.params.height, references))
         model = self._model_name()
         made = [
             (image, provenance(job.params, result.params, seed, model))
@@ -287,6 +343,7 @@ class Engine:
 
         def deliver(packed: PackedPicture) -> None:
             job.events.emit(Preview(preview.image_index, preview.step, packed))
+            self.metrics.previewed()
 
         job.last_preview = self._packers.pack_in_order(
             preview.picture, made, job.packing, deliver, previous=job.last_preview
@@ -309,7 +366,6 @@ class Engine:
             peak_bytes=result.peak_bytes,
             prompt_tokens=result.prompt_tokens,
         )
-        # Logged first, so that the line is there when the client has its answer.
         fields = {
             "size": f"{result.params.width}x{result.params.height}",
             "n": len(pictures),
@@ -319,20 +375,25 @@ class Engine:
             **{f"{name}_ms": ms for name, ms in timings_ms.items()},
             "peak_bytes": result.peak_bytes,
         }
-        logger.info(telemetry.fields_line("job done", fields))
-        job.complete(outcome)
-
-    def _failed(self, job: Job, error: ServiceError) -> None:
-        # Not the message: it may quote the request.
-        line = telemetry.fields_line("job failed", {"code": error.code, "param": error.param})
 
         def note() -> None:
-            # Logged first, so that the line is there when the client has its answer.
-            logger.log(
+            # Noted first, so that it is there when the client has its answer.
+            telemetry.log_event(logger, logging.INFO, "job done", fields)
+            self.metrics.completed(len(pictures), timings_ms)
+
+        job.complete(outcome, note)
+
+    def _failed(self, job: Job, error: ServiceError) -> None:
+        def note() -> None:
+            # Not the message: it may quote the request.
+            telemetry.log_event(
+                logger,
                 logging.INFO if error.status < 500 else logging.WARNING,
-                line,
-                extra={"request_id": job.request_id},
+                "job failed",
+                {"code": error.code, "param": error.param},
+                job.request_id,
             )
+            self.metrics.failed(error.code)
 
         job.fail(error, note)
 

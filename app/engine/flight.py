@@ -15,6 +15,7 @@ from app.engine.events import StepDone
 from app.engine.jobs import Job
 from app.engine.previews import Previewer
 from app.engine.scheduler import Scheduler
+from app.metrics import Metrics
 
 
 class PreviewPicture(NamedTuple):
@@ -46,9 +47,12 @@ class Flight:
         times: what it took so far.
     """
 
-    def __init__(self, job: Job, pipeline: Pipeline, scheduler: Scheduler) -> None:
+    def __init__(
+        self, job: Job, pipeline: Pipeline, scheduler: Scheduler, metrics: Metrics
+    ) -> None:
         self._job = job
         self._scheduler = scheduler
+        self._metrics = metrics
         self._slices = pipeline.run(job.params)
         self._previewer = Previewer(job, pipeline)
         self.result: Result | None = None
@@ -65,7 +69,7 @@ class Flight:
             return None
         sliced_s = time.monotonic()
         self.times.own_s += sliced_s - began_s
-        self._scheduler.slice_done(self._job, done.stage, sliced_s - began_s)
+        self._account(done.stage, sliced_s - began_s)
         if done.stage == "denoise":
             eta_s = self._scheduler.eta_s(self._job)
             self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
@@ -75,8 +79,12 @@ class Flight:
         took_s = time.monotonic() - sliced_s
         self.times.own_s += took_s
         self.times.previews_s += took_s
-        self._scheduler.slice_done(self._job, "decode", took_s)
+        self._account("decode", took_s)
         return PreviewPicture(done.image_index, done.step, picture)
+
+    def _account(self, stage: str, took_s: float) -> None:
+        self._scheduler.slice_done(self._job, stage, took_s)
+        self._metrics.sliced(stage, took_s)
 
     def close(self) -> None:
         """Abandon the run."""

@@ -140,23 +140,26 @@ class Job:
         """
         return self.events.watch(listener, self.place())
 
-    def start(self) -> None:
-        """The worker takes the job up."""
+    def start(self) -> float:
+        """The worker takes the job up. Returns how long it waited, in seconds."""
         self.state = JobState.RUNNING
         self.started_s = time.monotonic()
         self.events.emit(Started())
+        return self.started_s - self.accepted_s
 
     def cancel(self, reason: ServiceError) -> None:
         """Ask a running job to stop; the first reason given stays."""
         with self._lock:
             self._cancelled = self._cancelled or reason
 
-    def complete(self, outcome: JobOutcome) -> bool:
-        """Answer with pictures. False when the job had been answered before."""
+    def complete(self, outcome: JobOutcome, note: Callable[[], None] | None = None) -> bool:
+        """Answer with pictures, after ``note``. False when the job had been answered before."""
         with self._lock:
             if self.future.done():
                 return False
             self.state = JobState.COMPLETED
+            if note is not None:
+                note()
             self.future.set_result(outcome)
         self.events.emit(Settled())
         return True

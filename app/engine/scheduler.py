@@ -66,6 +66,13 @@ class Scheduler:
         """Jobs that have begun and are not answered."""
         return len(self._active) + self._packing
 
+    @property
+    def work_s(self) -> float:
+        """Estimated seconds of all that waits and runs."""
+        with self._changed:
+            entries = (*self._active.values(), *self._waiting.values())
+            return sum(self._policy.remaining_s(entry) for entry in entries)
+
     def check(self, client: str) -> None:
         """Refuse before a request's body is worked on.
 

@@ -20,6 +20,7 @@ from app.engine.flight import Flight, FlightTimes, PreviewPicture
 from app.engine.jobs import Job
 from app.engine.scheduler import Scheduler
 from app.errors import ServiceError, as_service_error
+from app.metrics import Metrics
 from fluxcore.errors import DeviceFaultError, FluxError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Worker:
         self,
         load: Loader,
         scheduler: Scheduler,
+        metrics: Metrics,
         *,
         warm_up_sizes: tuple[tuple[int, int], ...],
         on_drawn: Callable[[Job, Result, FlightTimes], None],
@@ -79,6 +81,7 @@ class Worker:
     ) -> None:
         self._load = load
         self._scheduler = scheduler
+        self._metrics = metrics
         self._warm_up_sizes = warm_up_sizes
         self._on_drawn = on_drawn
         self._on_preview = on_preview
@@ -158,16 +161,16 @@ class Worker:
             logger.exception("%s failed", self.state.replace("_", " "))
             return False
         described = self.pipeline.runtime.describe()
-        logger.info(
-            telemetry.fields_line(
-                "ready",
-                {
-                    "model": self.pipeline.info.name,
-                    "load_s": loaded_s - started_s,
-                    "warm_up_s": time.monotonic() - loaded_s,
-                    **described,
-                },
-            )
+        telemetry.log_event(
+            logger,
+            logging.INFO,
+            "ready",
+            {
+                "model": self.pipeline.info.name,
+                "load_s": loaded_s - started_s,
+                "warm_up_s": time.monotonic() - loaded_s,
+                **described,
+            },
         )
         self.startup = Startup("ready", 1.0)
         self.state = WorkerState.READY
@@ -218,8 +221,10 @@ class Worker:
         try:
             flight = self._flights.get(job)
             if flight is None:
-                flight = self._flights[job] = Flight(job, self.pipeline, self._scheduler)
-                job.start()
+                flight = self._flights[job] = Flight(
+                    job, self.pipeline, self._scheduler, self._metrics
+                )
+                self._metrics.began(job.start())
             self._slice_began = (time.monotonic(), self._scheduler.expected_s(job))
             preview = flight.advance()
             self._slice_began = None

@@ -95,5 +95,7 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
     elif "stream" in block:
         assert done.stdout.startswith("event: ")
         assert "completed\ndata: {" in done.stdout
+    elif block.rstrip().endswith("/metrics"):
+        assert "\nfluxd_queue_depth 0.0\n" in done.stdout
     else:
         assert json.JSONDecoder().raw_decode(done.stdout)[0]

@@ -37,8 +37,18 @@ class FakeDevice:
     def describe(self) -> dict[str, str]:
         return {"device": "fake"}
 
+    def memory_bytes(self) -> dict[str, int]:
+        return {"host_peak": 1000, "device_allocated": 2000}
+
     def release_memory(self) -> None:
         self.released += 1
+
+
+@dataclass
+class FakeCache:
+    hits: int = 0
+    misses: int = 0
+    bytes_used: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class FakePipeline:
 
     info: FakeModel = field(default_factory=FakeModel)
     runtime: FakeDevice = field(default_factory=FakeDevice)
+    conditioning_cache: FakeCache = field(default_factory=FakeCache)
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     ran: list[str] = field(default_factory=list)

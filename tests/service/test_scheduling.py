@@ -224,6 +224,19 @@ def test_out_of_memory_frees_memory_and_is_not_to_be_repeated(start_live: StartL
     assert live.pipeline.runtime.released == 1
 
 
+def test_out_of_memory_of_one_job_leaves_those_beside_it_alone(start_live: StartLive) -> None:
+    pipeline = FakePipeline(slice_s_at_512=0.005)
+    live = start_live(pipeline)
+    long = live.generate_later("long", width=512, height=512, steps=50)
+    wait_until(lambda: len(pipeline.slices) > 5)
+    failed = live.generate("oom", width=256, height=256)
+    assert (failed.status_code, failed.headers["x-should-retry"]) == (507, "false")
+    assert live.generate("small", width=64, height=64).status_code == 200
+    assert long.answer().status_code == 200
+    assert pipeline.runtime.released == 1
+    assert pipeline.ended == ["small", "long"]
+
+
 def test_a_device_fault_shows_in_health_until_a_picture_comes_out(start_live: StartLive) -> None:
     live = start_live()
     with live.client() as client:

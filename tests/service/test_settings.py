@@ -83,7 +83,7 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("device", "cuda:x", "should be auto"),
         ("dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
-        ("log_format", "xml", "'auto', 'human' or 'plain'"),
+        ("log_format", "xml", "'auto', 'human', 'plain' or 'json'"),
         ("default_width", 500, "multiple of 16 from 64 to 2048; got 500 (nearest: 496, 512)"),
         ("max_body_bytes", "many", "ould"),
         ("max_body_bytes", 10, "greater than or equal to 1024"),
