@@ -29,8 +29,11 @@ TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern":
 PICTURE_SCHEMA: Schema = {"type": "string", "format": "picture"}
 EVENTS_CONTENT: Schema = {"schema": {"type": "string", "description": "Server-sent events."}}
 FILE_SCHEMA: Schema = {"type": "string", "format": "binary"}
+FILES_SCHEMA: Schema = {"anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA}]}
 _SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
 SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"
+# At most four digits before the point and three after it.
+RATIO_PATTERN = r"^([0-9]{1,4}(?:\.[0-9]{1,3})?):([0-9]{1,4}(?:\.[0-9]{1,3})?)$"
 
 _RETRY = {"Retry-After": "Seconds after which the same request may work."}
 _NO_RETRY = {"x-should-retry": "false: the same request would fail again."}
@@ -97,11 +100,23 @@ def form_body(form: Schema) -> Schema:
     return _body({FORM_TYPE: form})
 
 
-def form_schema(model: type[BaseModel], files: Schema, required: tuple[str, ...]) -> Schema:
+def form_schema(
+    model: type[BaseModel],
+    files: Schema,
+    *,
+    required: tuple[str, ...],
+    without: tuple[str, ...] = (),
+) -> Schema:
     """The text fields of a model, without null, and files beside them."""
-    fields = schema_of(model)["properties"]
-    texts = {name: _without_null(field) for name, field in fields.items() if name not in files}
+    schema = schema_of(model)
+    texts = {
+        name: _without_null(field)
+        for name, field in schema["properties"].items()
+        if name not in files and name not in without
+    }
+    extra = {name: schema[name] for name in ("additionalProperties",) if name in schema}
     return {
+        **extra,
         "type": "object",
         "properties": {**texts, **files},
         "required": list(required),

@@ -101,9 +101,10 @@ class Drawing:
 
     async def outcome(self, request: Request, job: Job) -> JobOutcome:
         """Wait for the job; see ``outcome_of``."""
-        return await outcome_of(request, self.engine, job, self.settings.request_timeout_s)
+        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
+        return await outcome_of(request, self.engine, job, timeout_s)
 
     def stream(self, job: Job, narrator: Narrator) -> EventStream:
         """The job's events as an answer."""
-        timeout_s = self.settings.request_timeout_s
+        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
         return EventStream(job_events(self.engine, job, narrator, timeout_s))

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from urllib.parse import quote
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
-from app.api.bodies import SMALL_BODY_BYTES, check_json
-from app.api.documents import JOB_ERRORS, Responses, errors, json_body, pictures_content
+from app.api.bodies import JSON_TYPE
+from app.api.documents import (
+    EVENTS_CONTENT,
+    JOB_ERRORS,
+    Responses,
+    errors,
+    json_or_form_body,
+    pictures_content,
+)
 from app.api.drawing import Drawing
-from app.api.negotiation import JSON_TYPE, AnswerKind, choose_answer
+from app.api.event_stream import EVENTS_TYPE
+from app.api.generate_events import GenerateNarrator
+from app.api.negotiation import DEFAULT_FORMAT, AnswerKind, choose_answer
 from app.api.schemas import (
     GenerateRequest,
     GenerateResponse,
     all_warnings,
+    generate_form,
+    options_of,
     packing_of,
-    parse_generate,
     plain_params,
-    response_json,
+    read_generate,
+    response_of,
     with_pictures,
 )
 from app.engine import JobOutcome
 from app.errors import InvalidRequestError
-
-logger = logging.getLogger(__name__)
 
 # Characters that may stand in a header as they are.
 _HEADER_SAFE = " !#$&'()*+,/:;=?@[]~"
@@ -36,16 +44,19 @@ def generate_routes(drawing: Drawing) -> APIRouter:
     """The route, bound to an engine."""
     router = APIRouter()
 
-    @router.post("/v1/generate", openapi_extra=json_body(GenerateRequest), responses=_responses())
+    @router.post(
+        "/v1/generate",
+        openapi_extra=json_or_form_body(GenerateRequest, generate_form(GenerateRequest)),
+        responses=_responses(),
+        response_class=Response,
+    )
     async def generate(request: Request) -> Response:
         """Draw pictures. ``Accept: image/png`` (jpeg, webp) gives the bytes of one."""
-        check_json(request)
-        body = await request.body()
-        if len(body) <= SMALL_BODY_BYTES:
-            asked = parse_generate(body, GenerateRequest)
+        asked = await read_generate(request, drawing.settings, GenerateRequest)
+        if asked.stream:
+            kind = AnswerKind(is_json=True, format=asked.output_format or DEFAULT_FORMAT)
         else:
-            asked = await anyio.to_thread.run_sync(parse_generate, body, GenerateRequest)
-        kind = choose_answer(request.headers.getlist("accept"), asked.output_format)
+            kind = choose_answer(request.headers.getlist("accept"), asked.output_format)
         params = plain_params(asked, drawing.settings)
         if params.n > 1 and not kind.is_json:
             raise InvalidRequestError(
@@ -53,17 +64,23 @@ def generate_routes(drawing: Drawing) -> APIRouter:
                 f"(several pictures come as {JSON_TYPE})",
                 param="n",
             )
+        options = options_of(asked, drawing.settings.request_timeout_s)
         pictures = await drawing.pictures(request, asked.images or (), asked.mask)
         params = with_pictures(params, asked, pictures)
-        job = drawing.submit(request, params, packing_of(asked, kind.format))
+        job = drawing.submit(request, params, packing_of(asked, kind.format), options)
+        if asked.stream:
+            return drawing.stream(job, GenerateNarrator(asked, job))
         outcome = await drawing.outcome(request, job)
         warnings = all_warnings(outcome, asked, kind.format)
         if not kind.is_json:
             return _picture_answer(outcome, kind, warnings)
-        content = await anyio.to_thread.run_sync(
-            response_json, outcome, params, warnings, job.request_id, int(time.time())
-        )
-        return Response(content, media_type=JSON_TYPE)
+
+        def body() -> bytes:
+            created_s = int(time.time())
+            answer = response_of(outcome, job.params, warnings, job.request_id, created_s)
+            return answer.model_dump_json().encode()
+
+        return Response(await anyio.to_thread.run_sync(body), media_type=JSON_TYPE)
 
     return router
 
@@ -93,7 +110,7 @@ def _picture_answer(outcome: JobOutcome, kind: AnswerKind, warnings: list[str]) 
 def _responses() -> Responses:
     answer = {
         "model": GenerateResponse,
-        "description": "The pictures, as JSON or as the bytes of one.",
-        "content": pictures_content(),
+        "description": "The pictures, as JSON the bytes of one, or events.",
+        "content": {**pictures_content(), EVENTS_TYPE: EVENTS_CONTENT},
     }
     return {200: answer, **errors(406, *JOB_ERRORS)}

@@ -21,12 +21,12 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
-from app.api.bodies import SMALL_BODY_BYTES, check_json
+from app.api.bodies import JSON_TYPE, is_form
 from app.api.documents import (
     EVENTS_CONTENT,
     JOB_ERRORS,
     errors,
-    json_body,
+    json_or_form_body,
     pictures_content,
 )
 from app.api.drawing import Drawing
@@ -42,17 +42,19 @@ from app.api.job_answers import (
     with_id,
 )
 from app.api.job_events import JobWatch
-from app.api.negotiation import DEFAULT_FORMAT, JSON_TYPE
+from app.api.negotiation import DEFAULT_FORMAT
 from app.api.picture_links import base_address
 from app.api.schemas import (
     GenerateRequest,
+    generate_form,
+    options_of,
     packing_of,
     packing_warnings,
-    parse_generate,
     plain_params,
+    read_generate,
     with_pictures,
 )
-from app.engine import Preview, Priority, Settled
+from app.engine import Preview, Settled
 from app.errors import InvalidRequestError, NotFoundError, StorageError
 from app.jobs.answers import RequestKey
 from app.jobs.files import is_job_id, new_job_id
@@ -67,6 +69,8 @@ T = TypeVar("T")
 JOBS_PATH = "/v1/jobs"
 DEFAULT_PAGE = 20
 LARGEST_PAGE = 100
+# A job may wait for the weekend to be over.
+LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
 SEED_BITS = 32
 _NO_JOB = "there is no such job, or no longer"
 _IMAGE_NAME = re.compile(r"([0-9]{1,3})(\.[a-z]{3,4})?")
@@ -123,24 +127,27 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         JOBS_PATH,
         status_code=202,
         response_model=JobAnswer,
-        openapi_extra=json_body(JobRequest),
+        openapi_extra=json_or_form_body(JobRequest, generate_form(JobRequest)),
         responses=errors(404, 422, *JOB_ERRORS),
     )
     async def create(request: Request) -> Response:
         """Accept a job. It is drawn even if the service ends and starts again meanwhile."""
         jobs = opened().jobs
-        check_json(request)
+        # Refused before its body is read.
+        is_form(request)
         body = await request.body()
         key = await request_key(request, body) if KEY_HEADER in request.headers else None
         known = None if key is None else await repeated(key)
         if known is not None:
             return accepted(request, known, is_repeat=True)
-        if len(body) <= SMALL_BODY_BYTES:
-            asked = parse_generate(body, JobRequest)
-        else:
-            asked = await anyio.to_thread.run_sync(parse_generate, body, JobRequest)
+        asked = await read_generate(request, drawing.settings, JobRequest)
+        if asked.stream:
+            raise InvalidRequestError(
+                "stream must be left out: the answer's urls.events streams", param="stream"
+            )
         if asked.webhook is not None:
             opened().webhooks.check(asked.webhook)
+        options = options_of(asked, LONGEST_TIMEOUT_S)
         params = plain_params(asked, drawing.settings)
         packing = packing_of(asked, asked.output_format or DEFAULT_FORMAT)
         await _stored(jobs.store.check_limits())
@@ -150,15 +157,19 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         if params.seed is None:
             # Settled now, so that a job that is run again draws the same.
             params = dataclasses.replace(params, seed=secrets.randbits(SEED_BITS))
+        created_s = time.time()
         new = NewJob(
             id=new_job_id(),
             client=request.state.client,
             request_id=request.state.request_id,
-            priority=Priority.NORMAL,
-            created_s=time.time(),
-            deadline_s=None,
+            priority=options.priority,
+            created_s=created_s,
+            deadline_s=None if options.deadline_s is None else created_s + options.deadline_s,
             request=StoredRequest.of(
-                params, packing, warnings=tuple(packing_warnings(asked, packing.format))
+                params,
+                packing,
+                previews=options.previews,
+                warnings=tuple(packing_warnings(asked, packing.format)),
             ),
             webhook=asked.webhook,
             idempotency_key=None if key is None else key.key,

@@ -202,6 +202,42 @@ def test_one_side_is_filled_in_from_the_settings(client: TestClient) -> None:
     assert pictures_of(ask(client, height=128))[0].size == (64, 128)
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"size": "96x80"}, (96, 80)),
+        ({"size": "auto"}, (64, 64)),
+        ({"aspect_ratio": "1:1"}, (64, 64)),
+        ({"aspect_ratio": "16:9", "megapixels": 0.0147}, (160, 96)),
+        ({"aspect_ratio": "9:16", "megapixels": 0.0147}, (96, 160)),
+        ({"aspect_ratio": "1.91:1", "megapixels": 0.01}, (144, 80)),
+    ],
+)
+def test_a_size_has_three_ways_to_be_given(
+    client: TestClient, given: dict[str, Any], size: tuple[int, int]
+) -> None:
+    answer = ask(client, **given)
+    assert pictures_of(answer)[0].size == size
+    assert (answer.json()["params"]["width"], answer.json()["params"]["height"]) == size
+
+
+def test_a_shape_holds_for_references_but_not_under_a_mask(client: TestClient) -> None:
+    reference = encode(PICTURE)
+    assert pictures_of(ask(client, images=[reference], size="64x96"))[0].size == (64, 96)
+    assert pictures_of(ask(client, images=[reference], size="auto"))[0].size == PICTURE.size
+    mask = encode(Image.new("L", PICTURE.size, 255))
+    for name, value in (("size", "80x64"), ("aspect_ratio", "5:4")):
+        body = {"prompt": "x", "images": [reference], "mask": mask, name: value}
+        error = error_of(client.post("/v1/generate", json=body))
+        assert error["param"] == name and "does not go with a mask" in error["message"]
+    body = {"prompt": "x", "images": [reference], "mask": mask, "size": "auto"}
+    assert client.post("/v1/generate", json=body).status_code == 200
+
+
+def test_previews_without_a_stream_are_said_to_do_nothing(client: TestClient) -> None:
+    assert ask(client, previews=2).json()["warnings"] == ["previews has no effect without stream"]
+
+
 def test_a_large_body_is_parsed_as_a_small_one(client: TestClient) -> None:
     noise = Image.effect_noise((400, 400), 90).convert("RGB")
     reference = encode(noise)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,37 @@ def test_a_job_takes_what_generate_takes(start: Start, data: str) -> None:
     assert client.get(done["images"][0]["url"]).headers["content-type"] == "image/webp"
     warned = wait_for(client, accept(client, quality=60))
     assert any("quality has no effect on png" in warning for warning in warned["warnings"])
+
+
+def test_a_job_comes_as_a_form_too(start: Start, data: str) -> None:
+    client = start(data_dir=data)
+    photo = ("photo.png", base64.b64decode(encode(Image.new("RGB", (96, 64)))), "image/png")
+    answer = client.post("/v1/jobs", data={"prompt": "a fox", "n": "2"}, files={"image": photo})
+    assert answer.status_code == 202, answer.text
+    done = wait_for(client, answer.json())
+    assert (done["params"]["references"], done["params"]["n"]) == (1, 2)
+
+
+def test_priority_previews_and_time_limit_hold_for_jobs(start_live: StartLive, data: str) -> None:
+    live = start_live(settings={"data_dir": data})
+    live.pipeline.close_gate()
+    with live.client() as client:
+        first = accept(client, "first")
+        wait_until(live.pipeline.started.is_set)
+        hopeless = accept(client, "hopeless", timeout_s=0.2)
+        batch = accept(client, "batch", priority="batch", previews=2, steps=8)
+        urgent = accept(client, "urgent", priority="interactive")
+        time.sleep(0.3)
+        live.pipeline.gate.set()
+        assert wait_for(client, hopeless, "failed")["error"]["code"] == "timeout"
+        for job in (first, batch, urgent):
+            wait_for(client, job)
+        assert live.pipeline.ran == ["first", "urgent", "batch"]
+        assert len(live.pipeline.decoded) == 2
+        refused = client.post("/v1/jobs", json={"prompt": "x", "stream": True})
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "stream")
+        refused = client.post("/v1/jobs", json={"prompt": "x", "timeout_s": 1e9})
+        assert "above 0 to 604800" in error_of(refused)["message"]
 
 
 @pytest.mark.parametrize(

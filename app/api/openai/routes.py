@@ -22,9 +22,9 @@ from app.api.bodies import (
 from app.api.documents import (
     EVENTS_CONTENT,
     FILE_SCHEMA,
+    FILES_SCHEMA,
     JOB_ERRORS,
     Responses,
-    Schema,
     errors,
     form_body,
     form_schema,
@@ -41,11 +41,6 @@ from app.api.openai.reading import read_fields, with_pictures
 from app.api.picture_links import PictureLinks, address_of
 from app.engine import JobOptions
 from app.errors import InvalidRequestError, MissingParameterError
-
-_FILES: Schema = {
-    "image": {"anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA}]},
-    "mask": FILE_SCHEMA,
-}
 
 
 def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> APIRouter:
@@ -121,8 +116,10 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         )
         return Response(content, media_type=JSON_TYPE)
 
-    edit_form = form_schema(EditForm, _FILES, ("prompt", "image"))
-    variation_form = form_schema(VariationForm, {"image": _FILES["image"]}, ("image",))
+    edit_form = form_schema(
+        EditForm, {"image": FILES_SCHEMA, "mask": FILE_SCHEMA}, required=("prompt", "image")
+    )
+    variation_form = form_schema(VariationForm, {"image": FILES_SCHEMA}, required=("image",))
     for path, route, body in (
         ("generations", generations, json_body(ImagesRequest)),
         ("edits", edits, json_or_form_body(EditRequest, edit_form)),
