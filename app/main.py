@@ -29,6 +29,7 @@ from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
 from app.api.picture_links import PictureLinks, link_routes
 from app.api.security.connection import bounded_protocol
+from app.api.security.document import describe_guard
 from app.api.security.exposure import exposure_warnings
 from app.api.security.guard import Guard
 from app.api.status import status_routes
@@ -123,6 +124,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(job_routes(drawing, kept))
     app.include_router(status_routes(engine, settings))
     app.include_router(metrics_routes(engine, engine.metrics))
+    describe_guard(app, settings)
     return app
 
 

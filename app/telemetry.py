@@ -26,8 +26,8 @@ _CONTROLS = {
 }
 # Libraries whose DEBUG and INFO lines say nothing to an operator of this service.
 _QUIET = ("asyncio", "PIL", "uvicorn")
-# Warns of every client that speaks no HTTP; the answer's own line says that at DEBUG.
-_SILENT = ("uvicorn.error",)
+# Warn of every client that speaks no HTTP or sends no sound form, which is told so itself.
+_SILENT = ("python_multipart", "uvicorn.error")
 
 
 class RequestIdFilter(logging.Filter):

@@ -27,7 +27,18 @@ SIDE_SCHEMA: Schema = {
 }
 TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": r"\S"}
 PICTURE_SCHEMA: Schema = {"type": "string", "format": "picture"}
-EVENTS_CONTENT: Schema = {"schema": {"type": "string", "description": "Server-sent events."}}
+EVENTS_CONTENT: Schema = {
+    "itemSchema": {
+        "description": "Server-sent events.",
+        "type": "object",
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "description": "JSON."},
+            "id": {"type": "string"},
+        },
+        "required": ["event", "data"],
+    }
+}
 FILE_SCHEMA: Schema = {"type": "string", "format": "binary"}
 FILES_SCHEMA: Schema = {"anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA}]}
 _SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
@@ -39,14 +50,18 @@ _RETRY = {"Retry-After": "Seconds after which the same request may work."}
 _NO_RETRY = {"x-should-retry": "false: the same request would fail again."}
 _MEANINGS: dict[int, tuple[str, Mapping[str, str]]] = {
     400: ("A value of the request can never work; param names it.", {}),
+    401: ("No API key was sent, or one that is not known.", _NO_RETRY),
+    403: ("A web page of an origin that is not allowed asks.", _NO_RETRY),
     404: ("There is no such thing.", {}),
     406: ("Accept names nothing that this route can answer.", {}),
+    408: ("The body stopped arriving.", {}),
     413: ("The body is larger than the settings allow.", {}),
     415: ("The body's Content-Type is none that this route reads.", {}),
+    421: ("The Host header holds a name that the service does not answer to.", _NO_RETRY),
     422: ("The Idempotency-Key was given with another request before.", {}),
-    429: ("Too many jobs wait.", _RETRY),
+    429: ("Too many jobs wait, or this client asks too often.", _RETRY),
     500: ("A fault of the service or of the device.", {}),
-    503: ("No job is taken now: loading, ending or broken.", _RETRY),
+    503: ("No job is taken now: loading, ending, broken or too many connections.", _RETRY),
     504: ("The job was not done in time and has been cancelled.", _NO_RETRY),
     507: ("The job does not fit into the device's memory.", _NO_RETRY),
 }
@@ -71,18 +86,24 @@ class ErrorAnswer(BaseModel):
 
 def errors(*statuses: int) -> Responses:
     """The answers for these statuses, as a route's ``responses``."""
-    found: Responses = {}
-    for status in statuses:
-        meaning, headers = _MEANINGS[status]
-        found[status] = {
-            "model": ErrorAnswer,
-            "description": f"{HTTPStatus(status).phrase}. {meaning}",
-            "headers": {
-                name: {"description": text, "schema": {"type": "string"}}
-                for name, text in headers.items()
-            },
-        }
-    return found
+    return {status: {"model": ErrorAnswer, **_meaning(status)} for status in statuses}
+
+
+def raw_error(status: int) -> Schema:
+    """The same for one status, for a document that is already made."""
+    schema = {"$ref": "#/components/schemas/ErrorAnswer"}
+    return {"content": {JSON_TYPE: {"schema": schema}}, **_meaning(status)}
+
+
+def _meaning(status: int) -> Schema:
+    meaning, headers = _MEANINGS[status]
+    return {
+        "description": f"{HTTPStatus(status).phrase}. {meaning}",
+        "headers": {
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in headers.items()
+        },
+    }
 
 
 def json_body(model: type[BaseModel]) -> Schema:

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from app import telemetry
 from app.errors import (
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 # Names that differ between fluxcore's parameters and the request's fields.
 _FIELD_OF = {"references": "images"}
 _SHOWN_CHARS = 80
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "mask"})
 
 
@@ -125,9 +127,9 @@ def _from_http(request: Request, error: HTTPException) -> ServiceError:
     if error.status_code == 404:
         return NotFoundError(f"there is nothing at {path}; GET / lists what there is")
     if error.status_code == 405:
-        allowed = headers.get("Allow", "another method")
+        allowed = ", ".join(_allowed_methods(request)) or headers.get("Allow", "")
         return MethodNotAllowedError(
-            f"{request.method} does not work on {path}; use {allowed}", headers=headers
+            f"{request.method} does not work on {path}; use {allowed}", headers={"Allow": allowed}
         )
     if error.status_code >= 500:
         known: ServiceError = InternalError("the request failed", headers=headers)
@@ -135,6 +137,18 @@ def _from_http(request: Request, error: HTTPException) -> ServiceError:
         known = InvalidRequestError(str(error.detail), headers=headers)
     known.status = error.status_code
     return known
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """What works on the address; the framework tells of the first route that has it only."""
+    routes = request.app.routes
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
+        )
+    ]
 
 
 def _param(path: Sequence[Any]) -> str | None:

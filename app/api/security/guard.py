@@ -95,17 +95,16 @@ class Guard:
         """
         if not self._keys:
             return None
-        is_public = path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES)
         sent = _sent_key(headers)
         if sent is None:
-            if is_public:
+            if is_public(path):
                 return None
             raise AuthenticationError(
                 "an API key is required: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         key = self._keys.find(sent)
-        if key is None and not is_public:
+        if key is None and not is_public(path):
             raise AuthenticationError(
                 "the API key is not known here; ask whoever runs this service for one",
                 headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
@@ -132,6 +131,11 @@ class Guard:
             _add_rate_headers(error.headers, allowance)
             raise error
         return allowance
+
+
+def is_public(path: str) -> bool:
+    """Whether no key is asked for."""
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES)
 
 
 def _sent_key(headers: Headers) -> str | None:
