@@ -115,6 +115,30 @@ def test_the_same_form_is_the_same_request_whatever_its_boundary(start: Start, d
     assert pipeline.ran == ["a fox"]
 
 
+def test_a_stream_is_repeated_from_its_start(start: Start, data: str) -> None:
+    pipeline = FakePipeline()
+    client = start(pipeline, data_dir=data)
+    given = {"prompt": "a fox", "stream": True, "partial_images": 1}
+    asks = [
+        client.post("/v1/images/generations", json=given, headers={"Idempotency-Key": "k"})
+        for _ in range(2)
+    ]
+    assert asks[0].headers["content-type"].startswith("text/event-stream")
+    assert "image_generation.completed" in asks[0].text
+    assert asks[1].text == asks[0].text
+    assert pipeline.ran == ["a fox"]
+
+
+def test_a_stream_that_ends_in_an_error_is_not_kept(start: Start, data: str) -> None:
+    pipeline = FakePipeline()
+    client = start(pipeline, data_dir=data)
+    given = {"prompt": "fail", "stream": True}
+    for _ in range(2):
+        answer = client.post("/v1/images/generations", json=given, headers={"Idempotency-Key": "k"})
+        assert REPLAYED not in answer.headers
+    assert pipeline.ran == ["fail"] * 2
+
+
 def test_keys_survive_a_restart(start: Start, data: str) -> None:
     settings = settings_for_tests(data_dir=data)
     answers, pipelines = [], []
