@@ -123,7 +123,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(link_routes(links))
     app.include_router(job_routes(drawing, kept))
     app.include_router(status_routes(engine, settings))
-    app.include_router(metrics_routes(engine, engine.metrics))
+    app.include_router(metrics_routes(engine, engine.metrics, kept))
     describe_guard(app, settings)
     return app
 

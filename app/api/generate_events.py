@@ -22,33 +22,8 @@ class GenerateNarrator:
 
     def progress(self, event: JobEvent) -> bytes:
         """Where the job stands."""
-        match event:
-            case Queued():
-                return _event("queued", position=event.position, eta_s=_rounded(event.eta_s))
-            case Started():
-                return _event("started")
-            case StepDone():
-                return _event(
-                    "step",
-                    image_index=event.image_index,
-                    step=event.step,
-                    steps=event.steps,
-                    percent=self._percent(event),
-                    eta_s=_rounded(event.eta_s),
-                )
-            case Preview():
-                picture = event.picture
-                return _event(
-                    "preview",
-                    image_index=event.image_index,
-                    step=event.step,
-                    b64=base64.b64encode(picture.data).decode("ascii"),
-                    width=picture.width,
-                    height=picture.height,
-                    format=picture.format,
-                )
-            case Settled():
-                return b""
+        resolved = self._job.resolved
+        return progress_event(event, resolved.start_step, len(resolved.seeds))
 
     def completed(self, outcome: JobOutcome) -> Iterator[bytes]:
         """The whole answer, as it would have come without a stream."""
@@ -61,17 +36,53 @@ class GenerateNarrator:
         """The error, as it would have come without a stream."""
         return _event("error", **error.body())
 
-    def _percent(self, event: StepDone) -> float:
-        """How much of the job's denoising is done, of all its pictures."""
-        resolved = self._job.resolved
-        steps = event.steps - resolved.start_step
-        done = event.image_index * steps + event.step - resolved.start_step
-        return round(100 * done / (steps * len(resolved.seeds)), 1)
+
+def progress_event(event: JobEvent, start_step: int, pictures: int) -> bytes:
+    """One event of a job that has not ended, in its form on the wire. Slow for previews.
+
+    Args:
+        start_step: the steps that each of the job's pictures begins after.
+        pictures: how many the job draws.
+    """
+    match event:
+        case Queued():
+            return _event("queued", position=event.position, eta_s=rounded_s(event.eta_s))
+        case Started():
+            return _event("started")
+        case StepDone():
+            return _event("step", **step_fields(event, start_step, pictures))
+        case Preview():
+            picture = event.picture
+            return _event(
+                "preview",
+                image_index=event.image_index,
+                step=event.step,
+                b64=base64.b64encode(picture.data).decode("ascii"),
+                width=picture.width,
+                height=picture.height,
+                format=picture.format,
+            )
+        case Settled():
+            return b""
+
+
+def step_fields(event: StepDone, start_step: int, pictures: int) -> dict[str, Any]:
+    """What a step tells; percent is of the denoising of all the job's pictures."""
+    steps = event.steps - start_step
+    done = event.image_index * steps + event.step - start_step
+    return {
+        "image_index": event.image_index,
+        "step": event.step,
+        "steps": event.steps,
+        "percent": round(100 * done / (steps * pictures), 1),
+        "eta_s": rounded_s(event.eta_s),
+    }
 
 
 def _event(name: str, **data: Any) -> bytes:
     return event_bytes(name, {"type": name, **data})
 
 
-def _rounded(seconds: float | None) -> float | None:
+def rounded_s(seconds: float | None) -> float | None:
+    """As much as an estimate is worth."""
     return None if seconds is None else round(seconds, 2)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from app.api.event_stream import event_bytes
+from app.api.generate_events import rounded_s, step_fields
 from app.api.schemas import UsedParams
-from app.engine import JobEvent, PictureFormat, Preview, Queued, Started, StepDone
+from app.engine import JobEvent, PictureFormat, Queued, StepDone
 from app.jobs.records import JobRecord, JobStatus
 
 # What tells a client that has heard the end, and asks again, that there is no more.
@@ -89,11 +88,14 @@ class JobList(BaseModel):
     next: str | None = Field(description="The value of after that gives the next page.")
 
 
-def job_answer(record: JobRecord, events: Iterable[JobEvent], base_url: str) -> JobAnswer:
+def job_answer(
+    record: JobRecord, events: Iterable[JobEvent], start_step: int, base_url: str
+) -> JobAnswer:
     """A job as clients see it.
 
     Args:
         events: those that hold now; none of a job that is finished.
+        start_step: the steps that each of its pictures begins after.
         base_url: where the jobs are found, as the client calls it.
     """
     place: Queued | None = None
@@ -103,7 +105,8 @@ def job_answer(record: JobRecord, events: Iterable[JobEvent], base_url: str) -> 
             case Queued():
                 place = event
             case StepDone():
-                progress = _progress(event, record.request.params["n"])
+                fields = step_fields(event, start_step, record.request.params["n"])
+                progress = JobProgress(**fields)
     url = f"{base_url}/{record.id}"
     images = _images(record, url)
     outcome = record.outcome or {}
@@ -114,7 +117,7 @@ def job_answer(record: JobRecord, events: Iterable[JobEvent], base_url: str) -> 
         started=_seconds(record.started_s),
         finished=_seconds(record.finished_s),
         position=None if place is None else place.position,
-        eta_s=None if place is None else place.eta_s,
+        eta_s=None if place is None else rounded_s(place.eta_s),
         progress=progress,
         prompt=record.request.params["prompt"],
         model=outcome.get("model"),
@@ -128,52 +131,15 @@ def job_answer(record: JobRecord, events: Iterable[JobEvent], base_url: str) -> 
     )
 
 
-def progress_event(event: JobEvent, pictures: int) -> bytes:
-    """One event of a job that is not finished, in its form on the wire. Slow for previews.
-
-    Args:
-        pictures: how many the job draws.
-    """
-    match event:
-        case Queued():
-            return event_bytes("queued", {"position": event.position, "eta_s": event.eta_s})
-        case Started():
-            return event_bytes("started", {})
-        case StepDone():
-            return event_bytes("step", _progress(event, pictures).model_dump())
-        case Preview():
-            picture = event.picture
-            shown: dict[str, Any] = {
-                "image_index": event.image_index,
-                "step": event.step,
-                "b64": base64.b64encode(picture.data).decode("ascii"),
-                "width": picture.width,
-                "height": picture.height,
-                "format": picture.format,
-            }
-            return event_bytes("preview", shown)
-    return b""
-
-
 def final_event(answer: JobAnswer) -> bytes:
     """The last event, named after the job's status."""
-    return with_id(END_ID, event_bytes(answer.status, json.loads(answer.model_dump_json())))
+    told = {"type": answer.status, **answer.model_dump(mode="json")}
+    return with_id(END_ID, event_bytes(answer.status, told))
 
 
 def with_id(event_id: str, event: bytes) -> bytes:
     """The event with an id, which a client that reconnects sends as ``Last-Event-ID``."""
     return b"id: %s\n%s" % (event_id.encode(), event)
-
-
-def _progress(event: StepDone, pictures: int) -> JobProgress:
-    done = event.image_index * event.steps + event.step
-    return JobProgress(
-        image_index=event.image_index,
-        step=event.step,
-        steps=event.steps,
-        percent=round(100 * done / (event.steps * pictures), 1),
-        eta_s=event.eta_s,
-    )
 
 
 def _images(record: JobRecord, url: str) -> list[JobPicture]:

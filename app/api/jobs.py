@@ -31,6 +31,7 @@ from app.api.documents import (
 )
 from app.api.drawing import Drawing
 from app.api.event_stream import EVENTS_TYPE, EventStream
+from app.api.generate_events import progress_event
 from app.api.idempotency import KEY_HEADER, REPLAYED_HEADER, request_key
 from app.api.job_answers import (
     END_ID,
@@ -38,7 +39,6 @@ from app.api.job_answers import (
     JobList,
     final_event,
     job_answer,
-    progress_event,
     with_id,
 )
 from app.api.job_events import JobWatch
@@ -107,8 +107,10 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         return record
 
     def shown(request: Request, record: JobRecord) -> JobAnswer:
-        events = () if record.status.is_final else opened().jobs.current(record.id)
-        return job_answer(record, events, base_address(request) + JOBS_PATH)
+        jobs = opened().jobs
+        events = () if record.status.is_final else jobs.current(record.id)
+        base_url = base_address(request) + JOBS_PATH
+        return job_answer(record, events, jobs.start_step(record.id), base_url)
 
     async def repeated(key: RequestKey) -> JobRecord | None:
         found = opened().jobs.store.find_repeat(key.client, key.key, key.fingerprint)
@@ -287,16 +289,15 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         return EventStream(story(request, record))
 
     async def story(request: Request, record: JobRecord) -> AsyncGenerator[bytes, None]:
-        pictures = record.request.params["n"]
-        watch = JobWatch(partial(opened().jobs.watch, record.id))
+        jobs, pictures = opened().jobs, record.request.params["n"]
+        watch = JobWatch(partial(jobs.watch, record.id))
         number = 0
         try:
             while not isinstance(event := await watch.next(), Settled):
                 number += 1
-                if isinstance(event, Preview):
-                    told = await anyio.to_thread.run_sync(progress_event, event, pictures)
-                else:
-                    told = progress_event(event, pictures)
+                tell = partial(progress_event, event, jobs.start_step(record.id), pictures)
+                is_slow = isinstance(event, Preview)
+                told = await anyio.to_thread.run_sync(tell) if is_slow else tell()
                 yield with_id(str(number), told)
         finally:
             watch.close()

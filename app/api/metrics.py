@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine import Engine
+from app.jobs.opening import Kept
 from app.metrics import Metrics
 from fluxcore.version import __version__
 
@@ -75,10 +76,42 @@ class EngineCollector(Collector):
         yield model
 
 
-def metrics_routes(engine: Engine, metrics: Metrics) -> APIRouter:
-    """The route, bound to an engine and its metrics."""
+class KeptCollector(Collector):
+    """How what outlives the process stands at the moment of the look."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand, as for the engine."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it."""
+        jobs = self._kept.jobs
+        for name, text, value in (
+            ("fluxd_kept_jobs", "Accepted jobs of /v1/jobs that have not ended.", jobs.unfinished),
+            (
+                "fluxd_kept_disk_failing",
+                "Whether the data directory takes nothing; 1 is to be looked into.",
+                int(jobs.is_disk_failing),
+            ),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        told = CounterMetricFamily(
+            "fluxd_webhooks", "Webhooks: told, attempts failed, given up.", labels=["result"]
+        )
+        for result, count in self._kept.webhooks.counts.items():
+            told.add_metric([result], count)
+        yield told
+
+
+def metrics_routes(engine: Engine, metrics: Metrics, kept: Kept | None = None) -> APIRouter:
+    """The route, bound to an engine, its metrics and what is kept."""
     router = APIRouter()
     metrics.registry.register(EngineCollector(engine))
+    if kept is not None:
+        metrics.registry.register(KeptCollector(kept))
 
     documented: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}}

@@ -106,6 +106,16 @@ class JobRunner:
         self._next_retention_s = 0.0
         self._is_closed = False
 
+    @property
+    def unfinished(self) -> int:
+        """Accepted jobs that have not ended."""
+        return len(self._live)
+
+    @property
+    def is_disk_failing(self) -> bool:
+        """Whether something waits to be written that could not be."""
+        return bool(self._late)
+
     def start(self) -> None:
         """Take up what an earlier process left, then whatever is accepted. Blocks shortly."""
         unfinished = self.store.recover().result()
@@ -188,6 +198,11 @@ class JobRunner:
         """The events that hold now of a job that is not finished."""
         live = self._live.get(job_id)
         return [] if live is None else live.current(self._place(live))
+
+    def start_step(self, job_id: str) -> int:
+        """The steps that each of a job's pictures begins after, once the engine has the job."""
+        live = self._live.get(job_id)
+        return 0 if live is None or live.job is None else live.job.resolved.start_step
 
     def watch(self, job_id: str, listener: Listener) -> Callable[[], None]:
         """Tell ``listener`` how a job stands and then what becomes of it.

@@ -58,6 +58,9 @@ class Delivery:
 class Webhooks:
     """See the module. Does nothing where the settings allow no host.
 
+    Attributes:
+        counts: webhooks that were told, attempts that failed, and webhooks given up.
+
     Raises:
         SettingsError: hosts are allowed, and there is no usable secret.
     """
@@ -68,6 +71,7 @@ class Webhooks:
         self._is_on = bool(settings.webhook_hosts)
         self._secret = read_secret(settings.webhook_secret_file) if self._is_on else b""
         self._news = asyncio.Event()
+        self.counts = {"told": 0, "failed": 0, "given_up": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._telling: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="fluxd-webhooks", daemon=True)
@@ -148,12 +152,14 @@ class Webhooks:
             is_told = 200 <= answer.status < 300
             failure = "" if is_told else f"was answered with {answer.status}"
             is_hopeless = answer.status == GONE
+        self.counts["failed" if failure else "told"] += 1
         if failure and not is_hopeless and delivery.attempts < len(REPEAT_AFTER_S):
             at_s = time.time() + REPEAT_AFTER_S[delivery.attempts]
             await asyncio.wrap_future(self._database.write(partial(_repeat, delivery, at_s)))
             return
         await asyncio.wrap_future(self._database.write(partial(_remove, delivery)))
         if failure:
+            self.counts["given_up"] += 1
             # Not the address: it may hold a secret.
             logger.warning("the webhook of %s is given up: it %s", delivery.job_id, failure)
 

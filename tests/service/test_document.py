@@ -16,8 +16,10 @@ def test_the_document_tells_of_every_error_before_the_routes(start: Start) -> No
         for method, operation in operations.items():
             assert {"400", "403", "413", "421", "500", "503"} <= set(operation["responses"]), path
             assert ("408" in operation["responses"]) == (method == "post")
+            assert ("422" in operation["responses"]) == (method == "post")
             assert "security" not in operation
     assert "securitySchemes" not in document["components"]
+    assert "ValidationError" not in str(document)
 
 
 def test_the_document_asks_for_a_key_where_one_is_needed(start: Start) -> None:

@@ -214,7 +214,9 @@ def test_events_tell_the_whole_story_once(start_live: StartLive, data: str) -> N
         percents = [told["percent"] for _, name, told in heard if name == "step"]
         assert percents and {*percents} <= {25.0, 50.0, 75.0, 100.0}
         assert percents == sorted(percents) and percents[-1] == 100.0
-        assert heard[-1] == ("end", "completed", look(client, job))
+        last_id, last, told = heard[-1]
+        assert (last_id, last) == ("end", "completed")
+        assert told == {"type": "completed", **look(client, job)}
         assert len({event_id for event_id, _, _ in heard}) == len(heard)
 
 
@@ -401,6 +403,19 @@ def test_requests_that_repeat_each_other_at_once_are_one_job(
         wait_for(client, answers[0].json())
         assert len(client.get("/v1/jobs").json()["data"]) == 1
     assert live.pipeline.ran == ["a fox"]
+
+
+def test_kept_jobs_are_seen_in_the_metrics(start: Start, data: str) -> None:
+    pipeline = FakePipeline()
+    pipeline.close_gate()
+    client = start(pipeline, data_dir=data)
+    job = accept(client)
+    assert "fluxd_kept_jobs 1.0" in client.get("/metrics").text
+    pipeline.gate.set()
+    wait_for(client, job)
+    wait_until(lambda: "fluxd_kept_jobs 0.0" in client.get("/metrics").text)
+    assert "fluxd_kept_disk_failing 0.0" in client.get("/metrics").text
+    assert 'fluxd_webhooks_total{result="given_up"} 0.0' in client.get("/metrics").text
 
 
 def test_without_a_data_directory_there_are_no_jobs(start: Start) -> None:

@@ -14,9 +14,10 @@ from app.settings import Settings
 # What every address may answer, whatever its route does.
 GUARD_ERRORS = (400, 403, 413, 421, 500, 503)
 KEY_ERRORS = (401,)
-# Where a body is read and work is asked for.
-POST_ERRORS = (408, 429)
+# Where a body is read and work is asked for, perhaps under an Idempotency-Key.
+POST_ERRORS = (408, 422, 429)
 
+_VALIDATION_ERROR = "HTTPValidationError"
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -32,6 +33,8 @@ def describe_guard(app: FastAPI, settings: Settings) -> None:
             document = describe_routes()
             components = document.setdefault("components", {})
             components.setdefault("schemas", {})["ErrorAnswer"] = schema_of(ErrorAnswer)
+            for name in (_VALIDATION_ERROR, "ValidationError"):
+                components["schemas"].pop(name, None)
             if settings.api_keys:
                 components["securitySchemes"] = _SCHEMES
             for path, operations in document["paths"].items():
@@ -45,6 +48,9 @@ def describe_guard(app: FastAPI, settings: Settings) -> None:
 
 
 def _describe(operation: dict[str, Any], method: str, *, needs_key: bool) -> None:
+    # The framework's own answer to a wrong parameter, which here is a 400.
+    if _VALIDATION_ERROR in str(operation["responses"].get("422")):
+        del operation["responses"]["422"]
     statuses: Iterable[int] = GUARD_ERRORS
     if needs_key:
         statuses = (*statuses, *KEY_ERRORS)
