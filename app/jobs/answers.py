@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
+import threading
 import time
 from dataclasses import dataclass
 
 from app.errors import IdempotencyError
 from app.jobs.database import Database
 from app.jobs.files import JobFiles
+from app.jobs.retention import Retention, SweepBudget
+
+# What an answer's record takes beside its body, about.
+RECORD_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +52,14 @@ class RequestKey:
 
 
 class KeptAnswers:
-    """See the module.
+    """See the module."""
 
-    Args:
-        retention_s: how long an answer is kept.
-        most_bytes: what all of them may take; the oldest goes first.
-    """
-
-    def __init__(
-        self, database: Database, files: JobFiles, retention_s: float, most_bytes: int
-    ) -> None:
+    def __init__(self, database: Database, files: JobFiles, retention: Retention) -> None:
         self._database = database
         self._files = files
-        self._retention_s = retention_s
-        self._most_bytes = most_bytes
+        self._retention = retention
+        self._budget = SweepBudget(retention.most_bytes)
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Remove what is too old, and what a crash left behind."""
@@ -79,7 +78,7 @@ class KeptAnswers:
         def query(connection: sqlite3.Connection) -> sqlite3.Row | None:
             found: sqlite3.Row | None = connection.execute(
                 "SELECT * FROM answers WHERE client = ? AND idempotency_key = ? AND created_s > ?",
-                (request.client, request.key, time.time() - self._retention_s),
+                (request.client, request.key, time.time() - self._retention.seconds),
             ).fetchone()
             return found
 
@@ -101,6 +100,7 @@ class KeptAnswers:
         Raises:
             sqlite3.Error, OSError: the disk does not take it.
         """
+        kept_bytes = len(answer.body) + RECORD_BYTES
         answer_id = f"answer_{secrets.token_hex(16)}"
         self._files.write_answer(answer_id, answer.body)
 
@@ -116,22 +116,25 @@ class KeptAnswers:
                     time.time(),
                     answer.status,
                     json.dumps(answer.headers),
-                    len(answer.body),
+                    kept_bytes,
                 ),
             )
 
-        self._remove_outlived()
+        with self._lock:
+            is_spent = self._budget.is_spent(kept_bytes)
+        if is_spent:
+            self._remove_outlived()
         self._database.write(change).result()
 
     def _remove_outlived(self) -> None:
-        oldest_s = time.time() - self._retention_s
+        oldest_s = time.time() - self._retention.seconds
 
         def change(connection: sqlite3.Connection) -> list[str]:
             rows = connection.execute(
                 "DELETE FROM answers WHERE id IN (SELECT id FROM (SELECT id, created_s,"
-                " SUM(body_bytes) OVER (ORDER BY created_s DESC, id) AS newer_bytes FROM answers)"
+                " SUM(kept_bytes) OVER (ORDER BY created_s DESC, id) AS newer_bytes FROM answers)"
                 " WHERE created_s <= ? OR newer_bytes > ?) RETURNING id",
-                (oldest_s, self._most_bytes),
+                (oldest_s, self._retention.most_bytes),
             ).fetchall()
             return [row["id"] for row in rows]
 

@@ -9,7 +9,8 @@ from app.engine import Engine
 from app.jobs.answers import KeptAnswers
 from app.jobs.database import Database, SchemaError
 from app.jobs.files import DataDirectoryError, JobFiles
-from app.jobs.runner import JobRunner, Retention
+from app.jobs.retention import Retention
+from app.jobs.runner import JobRunner
 from app.jobs.schema import open_database
 from app.jobs.store import JobStore, Limits
 from app.jobs.webhooks import Webhooks
@@ -83,5 +84,5 @@ def open_kept(settings: Settings, engine: Engine) -> Kept | None:
         most_in_engine=MOST_IN_ENGINE,
         on_end=webhooks.wake,
     )
-    answers = KeptAnswers(database, files, settings.idempotency_retention_s, most_bytes)
+    answers = KeptAnswers(database, files, Retention(settings.idempotency_retention_s, most_bytes))
     return Kept(files, database, jobs, answers, webhooks)

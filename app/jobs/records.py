@@ -132,7 +132,8 @@ class JobRecord:
         attempts: how often it was begun; more than one after crashes.
         outcome: of a completed job, everything but the pictures' bytes.
         error: of a failed job, the error's fields as clients see them.
-        input_bytes, result_bytes: what its files take on the disk.
+        input_bytes: what the pictures that came with it take on the disk, while it waits.
+        kept_bytes: what is kept of it once it has ended, all in all.
     """
 
     number: int
@@ -151,7 +152,7 @@ class JobRecord:
     error: dict[str, str | None] | None
     webhook: str | None
     input_bytes: int
-    result_bytes: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from app.errors import (
     InternalError,
     JobCancelledError,
     JobTimeoutError,
+    NotFoundError,
     NotReadyError,
     ServiceError,
     ShuttingDownError,
@@ -43,8 +44,9 @@ from app.errors import (
 )
 from app.jobs.files import JobFiles
 from app.jobs.live import LiveJob
-from app.jobs.records import JobRecord, NewJob
-from app.jobs.store import Accepted, JobStore
+from app.jobs.records import JobRecord, JobStatus, NewJob
+from app.jobs.retention import Retention, SweepBudget
+from app.jobs.store import RECORD_BYTES, Accepted, JobStore
 from fluxcore.errors import FluxError
 from fluxcore.params import GenerationParams
 
@@ -54,22 +56,12 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 # How long after a failure of the disk the same is tried again, in seconds.
 DISK_RETRY_S = 5.0
-# How often jobs that are too old are looked for, in seconds.
-RETENTION_TICK_S = 60.0
 # A job that was being run so often when the process ended is not run again.
 MOST_ATTEMPTS = 3
 
 SHORTEST_DEADLINE_S = 0.001
 
 Task = Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Retention:
-    """How long finished jobs are kept: at most so long, and at most so many bytes."""
-
-    seconds: float
-    result_bytes: int
 
 
 class JobRunner:
@@ -98,12 +90,13 @@ class JobRunner:
         self._most_in_engine = most_in_engine
         self._on_end = on_end
         self._live: dict[str, LiveJob] = {}
-        # Those of them that the engine does not have, in the order to be run.
+        self._in_engine: set[LiveJob] = set()
+        # Those that the engine does not have, in the order to be run.
         self._waiting: list[LiveJob] = []
         self._late: list[tuple[float, Task]] = []
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fluxd-jobs", daemon=True)
-        self._next_retention_s = 0.0
+        self._budget = SweepBudget(retention.most_bytes)
         self._is_closed = False
 
     @property
@@ -252,29 +245,28 @@ class JobRunner:
         for live in [live for live in self._waiting if _is_over(live)]:
             self._waiting.remove(live)
             self._do(partial(self._failed, live, _timeout()))
-        if now_s >= self._next_retention_s:
-            self._next_retention_s = now_s + RETENTION_TICK_S
+        if self._budget.is_spent():
             self._remove_outlived()
 
     def _enqueue(self, live: LiveJob) -> None:
         # It may have been cancelled before the thread came to it.
         if live.id in self._live:
-            bisect.insort(self._waiting, live, key=lambda other: other.order)
-            self._tell_places()
+            index = bisect.bisect(self._waiting, live.order, key=_order)
+            self._waiting.insert(index, live)
+            self._tell_places(index + 1)
 
     def _feed(self) -> None:
         """Give the engine what it may have."""
         while self._waiting and self._engine.status().is_ready:
-            in_engine = [live for live in self._live.values() if live.job is not None]
             following = self._waiting[0]
             # What was running when a process ended may have ended it: it runs alone.
-            alone = following.is_suspect or any(live.is_suspect for live in in_engine)
-            if len(in_engine) >= (1 if alone else self._most_in_engine):
+            alone = following.is_suspect or any(live.is_suspect for live in self._in_engine)
+            if len(self._in_engine) >= (1 if alone else self._most_in_engine):
                 return
             if not self._submit(following):
                 return
-            self._waiting.remove(following)
-            self._tell_places()
+            self._waiting.pop(0)
+            self._tell_places(0)
 
     def _submit(self, live: LiveJob) -> bool:
         """Hand one job to the engine. False when it takes none now."""
@@ -302,6 +294,7 @@ class JobRunner:
             self._do(partial(self._failed, live, as_service_error(error)))
         else:
             live.job = job
+            self._in_engine.add(live)
             job.watch(partial(self._hear, live, job))
         return True
 
@@ -333,11 +326,17 @@ class JobRunner:
 
     def _completed(self, live: LiveJob, outcome: JobOutcome) -> None:
         self.files.write_results(live.id, outcome.pictures)
-        if not self.store.complete(live.id, outcome).result():
+        if not self.store.complete(live.id, outcome).result() and not self._is_completed(live.id):
             # Cancelled in the last moment.
             self.files.remove_results(live.id)
-        self._end(live)
-        self._remove_outlived()
+        self._end(live, sum(len(picture.data) for picture in outcome.pictures))
+
+    def _is_completed(self, job_id: str) -> bool:
+        """Whether this was recorded by an earlier try of the same."""
+        try:
+            return self.store.get(job_id).result().status is JobStatus.COMPLETED
+        except NotFoundError:
+            return False
 
     def _failed(self, live: LiveJob, error: ServiceError) -> None:
         self.store.fail(live.id, error).result()
@@ -350,30 +349,39 @@ class JobRunner:
             self._engine.cancel(live.job, JobCancelledError("the job was cancelled"))
         self._end(live)
 
-    def _end(self, live: LiveJob) -> None:
+    def _end(self, live: LiveJob, picture_bytes: int = 0) -> None:
         """The job's status is final and on the disk."""
         self.files.remove_inputs(live.id)
         self._live.pop(live.id, None)
+        self._in_engine.discard(live)
         live.events.emit(Settled())
         self._on_end()
+        if self._budget.is_spent(picture_bytes + RECORD_BYTES):
+            self._inbox.put(self._remove_outlived)
 
     def _remove_outlived(self) -> None:
         retention = self._retention
-        for job_id in self.store.outlived(retention.seconds, retention.result_bytes).result():
+        for job_id in self.store.outlived(retention.seconds, retention.most_bytes).result():
             self.remove(job_id)
 
     def _place(self, live: LiveJob) -> Queued | None:
         """Of a job that the engine does not have yet. Called from any thread."""
         if live.job is not None:
             return None
-        ahead = sum(1 for other in list(self._waiting) if other.order < live.order)
+        ahead = bisect.bisect_left(list(self._waiting), live.order, key=_order)
         return Queued(self._engine.status().queue_depth + ahead + 1, None)
 
-    def _tell_places(self) -> None:
+    def _tell_places(self, first: int) -> None:
+        """Of those from index ``first`` on, who have moved."""
         depth = self._engine.status().queue_depth
-        for ahead, live in enumerate(self._waiting):
+        for index in range(first, len(self._waiting)):
+            live = self._waiting[index]
             if live.events.is_watched:
-                live.events.emit(Queued(depth + ahead + 1, None))
+                live.events.emit(Queued(depth + index + 1, None))
+
+
+def _order(live: LiveJob) -> tuple[int, int]:
+    return live.order
 
 
 def _left_s(record: JobRecord) -> float | None:

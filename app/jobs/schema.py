@@ -23,17 +23,19 @@ SCHEMA = (
         started_s REAL,
         finished_s REAL,
         attempts INTEGER NOT NULL DEFAULT 0,
-        request TEXT NOT NULL,
-        outcome TEXT,
-        error TEXT,
         webhook TEXT,
         input_bytes INTEGER NOT NULL,
-        result_bytes INTEGER NOT NULL DEFAULT 0,
+        kept_bytes INTEGER NOT NULL DEFAULT 0,
         idempotency_key TEXT,
-        fingerprint TEXT
+        fingerprint TEXT,
+        request TEXT NOT NULL,
+        outcome TEXT,
+        error TEXT
     );
     CREATE INDEX jobs_by_client ON jobs (client, number);
-    CREATE INDEX jobs_by_status ON jobs (status, number);
+    CREATE INDEX jobs_by_status ON jobs (status, number, input_bytes);
+    CREATE INDEX jobs_by_end ON jobs (finished_s, number, kept_bytes, id)
+        WHERE finished_s IS NOT NULL;
     CREATE UNIQUE INDEX jobs_by_key ON jobs (client, idempotency_key)
         WHERE idempotency_key IS NOT NULL;
     CREATE TABLE answers (
@@ -44,9 +46,10 @@ SCHEMA = (
         created_s REAL NOT NULL,
         status INTEGER NOT NULL,
         headers TEXT NOT NULL,
-        body_bytes INTEGER NOT NULL,
+        kept_bytes INTEGER NOT NULL,
         PRIMARY KEY (client, idempotency_key)
     );
+    CREATE INDEX answers_by_age ON answers (created_s, id, kept_bytes);
     CREATE TABLE deliveries (
         id TEXT PRIMARY KEY,
         job_id TEXT NOT NULL,

@@ -37,6 +37,8 @@ RATE_JOBS = 20
 FIRST_RETRY_S = 30.0
 LONGEST_RETRY_S = 120.0
 
+# What a record takes beside its request and its pictures, about.
+RECORD_BYTES = 2048
 # Above every job's number.
 LAST_NUMBER = 2**63 - 1
 
@@ -197,7 +199,7 @@ class JobStore:
         size = sum(len(picture.data) for picture in outcome.pictures)
         text = outcome_json(outcome)
         return self._database.write(
-            lambda c: _finish(c, job_id, JobStatus.COMPLETED, outcome=text, result_bytes=size)
+            lambda c: _finish(c, job_id, JobStatus.COMPLETED, outcome=text, picture_bytes=size)
         )
 
     def fail(self, job_id: str, error: ServiceError) -> Future[bool]:
@@ -220,16 +222,16 @@ class JobStore:
 
         return self._database.write(change)
 
-    def outlived(self, retention_s: float, result_bytes: int) -> Future[list[str]]:
+    def outlived(self, retention_s: float, most_bytes: int) -> Future[list[str]]:
         """Jobs to be removed: finished too long ago, or the oldest of too many bytes."""
         oldest_s = time.time() - retention_s
 
         def query(connection: sqlite3.Connection) -> list[str]:
             rows = connection.execute(
-                "SELECT id FROM (SELECT id, finished_s, SUM(result_bytes) OVER"
+                "SELECT id FROM (SELECT id, finished_s, SUM(kept_bytes) OVER"
                 " (ORDER BY finished_s DESC, number DESC) AS newer_bytes FROM jobs"
-                f" WHERE NOT {_UNFINISHED}) WHERE finished_s < ? OR newer_bytes > ?",
-                (oldest_s, result_bytes),
+                " WHERE finished_s IS NOT NULL) WHERE finished_s < ? OR newer_bytes > ?",
+                (oldest_s, most_bytes),
             )
             return [row["id"] for row in rows]
 
@@ -279,12 +281,13 @@ def _finish(
     *,
     outcome: str | None = None,
     error: str | None = None,
-    result_bytes: int = 0,
+    picture_bytes: int = 0,
 ) -> bool:
     done = connection.execute(
-        "UPDATE jobs SET status = ?, finished_s = ?, outcome = ?, error = ?, result_bytes = ?,"
-        f" input_bytes = 0 WHERE id = ? AND {_UNFINISHED}",
-        (status, time.time(), outcome, error, result_bytes, job_id),
+        "UPDATE jobs SET status = ?, finished_s = ?, outcome = ?, error = ?, input_bytes = 0,"
+        " kept_bytes = ? + LENGTH(CAST(request AS BLOB))"
+        f" WHERE id = ? AND {_UNFINISHED}",
+        (status, time.time(), outcome, error, picture_bytes + RECORD_BYTES, job_id),
     )
     if done.rowcount != 1:
         return False
@@ -339,5 +342,5 @@ def _record(row: sqlite3.Row) -> JobRecord:
         error=None if row["error"] is None else json.loads(row["error"]),
         webhook=row["webhook"],
         input_bytes=row["input_bytes"],
-        result_bytes=row["result_bytes"],
+        kept_bytes=row["kept_bytes"],
     )

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.jobs.answers import KeptAnswer, KeptAnswers, RequestKey
+from app.jobs.answers import RECORD_BYTES, KeptAnswer, KeptAnswers, RequestKey
 from app.jobs.files import JobFiles
 from app.jobs.opening import open_kept
+from app.jobs.retention import Retention
 from app.jobs.schema import open_database
 from app.main import create_app, create_engine
 from tests.service.conftest import (
@@ -236,7 +237,7 @@ def test_an_answer_that_cannot_be_kept_is_given_all_the_same(
 def test_answers_are_removed_by_age_and_by_size(tmp_path: Path) -> None:
     files, database = JobFiles(tmp_path), open_database(tmp_path)
     answer = KeptAnswer(200, (("content-type", "text/plain"),), b"x" * 100)
-    kept = KeptAnswers(database, files, 1000.0, 250)
+    kept = KeptAnswers(database, files, Retention(1000.0, 2 * (100 + RECORD_BYTES)))
     for name in ("a", "b", "c", "d"):
         kept.keep(RequestKey("me", name, "f"), answer)
     kept.start()
@@ -244,11 +245,11 @@ def test_answers_are_removed_by_age_and_by_size(tmp_path: Path) -> None:
     assert found == {"a": None, "b": None, "c": answer, "d": answer}
     assert len(list((tmp_path / "answers").iterdir())) == 2
     assert kept.find(RequestKey("other", "d", "f")) is None
-    old = KeptAnswers(database, files, 1e-9, 250)
+    old = KeptAnswers(database, files, Retention(1e-9, 10**6))
     assert old.find(RequestKey("me", "d", "f")) is None
     # A key whose answer is too old may stand for another request.
     old.keep(RequestKey("me", "d", "g"), answer)
-    kept.start()
-    assert len(list((tmp_path / "answers").iterdir())) == 1
+    old.start()
+    assert list((tmp_path / "answers").iterdir()) == []
     database.close()
     files.close()

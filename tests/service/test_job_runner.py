@@ -19,6 +19,7 @@ from app.jobs import runner as runner_module
 from app.jobs.files import JobFiles, new_job_id
 from app.jobs.opening import MOST_IN_ENGINE, Kept, open_kept
 from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest
+from app.jobs.retention import Retention, SweepBudget
 from app.jobs.runner import MOST_ATTEMPTS, JobRunner
 from app.main import create_engine
 from app.settings import SettingsError
@@ -123,7 +124,7 @@ def test_a_job_is_run_and_its_pictures_are_kept(start_jobs: Open, data: Path) ->
     sizes = [picture["bytes"] for picture in done.outcome["pictures"]]
     read = [service.runner.files.read_result(job_id, i, "png") for i in range(2)]
     assert [len(picture) for picture in read] == sizes and read[0].startswith(b"\x89PNG")
-    assert done.result_bytes == sum(sizes)
+    assert done.kept_bytes > sum(sizes)
 
 
 def test_a_watcher_hears_the_end_when_it_is_on_the_disk(start_jobs: Open) -> None:
@@ -394,13 +395,34 @@ def test_a_full_disk_delays_jobs_and_loses_none(
     assert service.pipeline.ran == ["a fox"]
 
 
+def test_pictures_stay_when_the_disk_fails_just_after_the_end(
+    start_jobs: Open, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "DISK_RETRY_S", 0.05)
+    service = start_jobs()
+    remove, tried = JobFiles.remove_inputs, []
+
+    def fail_once(files: JobFiles, job_id: str) -> None:
+        tried.append(job_id)
+        if len(tried) == 1:
+            raise OSError(5, "Input/output error")
+        remove(files, job_id)
+
+    monkeypatch.setattr(JobFiles, "remove_inputs", fail_once)
+    job_id = service.accept()
+    service.wait(job_id)
+    wait_until(lambda: not service.runner.unfinished)
+    assert len(tried) == 2 and files_of(data, "results") == [job_id]
+
+
 def test_finished_jobs_are_removed_by_age_and_by_size(start_jobs: Open, data: Path) -> None:
     service = start_jobs()
     first = service.accept()
-    size = service.wait(first).result_bytes
+    size = service.wait(first).kept_bytes
     service.end()
     by_size = start_jobs()
-    by_size.runner._retention = runner_module.Retention(1000.0, 2 * size)
+    by_size.runner._retention = Retention(1000.0, 2 * size)
+    by_size.runner._budget = SweepBudget(2 * size)
     ids = [first, by_size.accept(), by_size.accept()]
     wait_until(lambda: files_of(data, "results") == sorted(ids[1:]))
     assert by_size.runner.store.ids().result() == set(ids[1:])
