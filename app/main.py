@@ -239,7 +239,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket, before anything slow is started."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        # Connections inherit it; asyncio sets it only on those whose listener it made itself.
+        # Without it an answer's body waits 40 ms for its head to be acknowledged.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; "

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.main import listen
 from tests.service.conftest import PATIENCE_S, Later, error_of, wait_until
 from tests.service.processes import FLUXD, ServerProcess
 
@@ -114,6 +115,13 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tiny_checkpoint: Path) 
             assert server.output.startswith(f"fluxd: cannot listen on 127.0.0.1 port {port}: ")
             assert "--port" in server.output
         assert time.monotonic() - started_s < PATIENCE_S
+
+
+def test_answers_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_serving_needs_a_model() -> None:
