@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
 from starlette.datastructures import UploadFile
 
 from app.api.errors import from_problems
@@ -27,11 +27,26 @@ SMALL_BODY_BYTES = 64 * 1024
 MAX_FORM_PARTS = 128
 # Some clients number their pictures, some say that there may be several, some do neither.
 _REFERENCE_PART = re.compile(r"images?(\[[0-9]{0,3}\])?")
+_WHOLE_TEXT = re.compile(r"-?[0-9]{1,40}(\.0{1,3})?")
+# The context of values that are read from their text.
+_AS_TEXT = {"is_text": True}
 # A file that was sent without a file name arrives as text, its bytes read as latin-1.
 _FILE_STARTS = ("\x89PNG", "\xff\xd8\xff", "RIFF")
 
 # A picture as it came: the bytes of a file, or base64, a data URL or an address.
 Source = str | bytes
+
+
+def _whole(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if info.context is _AS_TEXT and isinstance(value, str) and _WHOLE_TEXT.fullmatch(value):
+        return int(value.partition(".")[0])
+    return value
+
+
+# JSON knows one kind of number: 512.0 is an integer, as some languages write it.
+Whole = Annotated[int, BeforeValidator(_whole)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -109,7 +124,7 @@ def parse_fields(fields: Mapping[str, str], model: type[Model]) -> Model:
         InvalidRequestError: naming the first field that is wrong.
     """
     try:
-        return model.model_validate_strings(dict(fields))
+        return model.model_validate_strings(dict(fields), context=_AS_TEXT)
     except ValidationError as error:
         raise _first_problem(error, model) from None
 

@@ -40,11 +40,16 @@ EVENTS_CONTENT: Schema = {
     }
 }
 FILE_SCHEMA: Schema = {"type": "string", "format": "binary"}
-FILES_SCHEMA: Schema = {"anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA}]}
+FILES_SCHEMA: Schema = {
+    "anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA, "minItems": 1}]
+}
 _SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
 SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"
 # At most four digits before the point and three after it.
 RATIO_PATTERN = r"^([0-9]{1,4}(?:\.[0-9]{1,3})?):([0-9]{1,4}(?:\.[0-9]{1,3})?)$"
+
+# Where a body waits until the document is made: FastAPI would turn large integers into floats.
+BODY_KEY = "x-request-body"
 
 _RETRY = {"Retry-After": "Seconds after which the same request may work."}
 _NO_RETRY = {"x-should-retry": "false: the same request would fail again."}
@@ -121,6 +126,19 @@ def form_body(form: Schema) -> Schema:
     return _body({FORM_TYPE: form})
 
 
+def put_body_in_place(operation: Schema) -> None:
+    """Once FastAPI has made the document, the body goes where it belongs."""
+    if BODY_KEY in operation:
+        operation["requestBody"] = operation.pop(BODY_KEY)
+
+
+def with_maximum(body: Schema, name: str, maximum: float) -> Schema:
+    """The same body with a limit that is a setting."""
+    for content in body[BODY_KEY]["content"].values():
+        content["schema"]["properties"][name]["maximum"] = maximum
+    return body
+
+
 def form_schema(
     model: type[BaseModel],
     files: Schema,
@@ -159,7 +177,7 @@ def schema_of(model: type[BaseModel]) -> Schema:
 
 def _body(content: Mapping[str, Schema]) -> Schema:
     return {
-        "requestBody": {
+        BODY_KEY: {
             "required": True,
             "content": {kind: {"schema": schema} for kind, schema in content.items()},
         }

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _FIELD_OF = {"references": "images"}
 _SHOWN_CHARS = 80
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "mask"})
+_PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "image", "mask"})
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -14,7 +14,6 @@ from app.api.documents import (
     JOB_ERRORS,
     Responses,
     errors,
-    json_or_form_body,
     pictures_content,
 )
 from app.api.drawing import Drawing
@@ -25,7 +24,7 @@ from app.api.schemas import (
     GenerateRequest,
     GenerateResponse,
     all_warnings,
-    generate_form,
+    generate_body,
     options_of,
     packing_of,
     plain_params,
@@ -43,10 +42,11 @@ _HEADER_SAFE = " !#$&'()*+,/:;=?@[]~"
 def generate_routes(drawing: Drawing) -> APIRouter:
     """The route, bound to an engine."""
     router = APIRouter()
+    longest_s = drawing.settings.request_timeout_s
 
     @router.post(
         "/v1/generate",
-        openapi_extra=json_or_form_body(GenerateRequest, generate_form(GenerateRequest)),
+        openapi_extra=generate_body(GenerateRequest, longest_s),
         responses=_responses(),
         response_class=Response,
     )
@@ -64,7 +64,7 @@ def generate_routes(drawing: Drawing) -> APIRouter:
                 f"(several pictures come as {JSON_TYPE})",
                 param="n",
             )
-        options = options_of(asked, drawing.settings.request_timeout_s)
+        options = options_of(asked, longest_s)
         pictures = await drawing.pictures(request, asked.images or (), asked.mask)
         params = with_pictures(params, asked, pictures)
         job = drawing.submit(request, params, packing_of(asked, kind.format), options)

@@ -26,7 +26,6 @@ from app.api.documents import (
     EVENTS_CONTENT,
     JOB_ERRORS,
     errors,
-    json_or_form_body,
     pictures_content,
 )
 from app.api.drawing import Drawing
@@ -46,7 +45,7 @@ from app.api.negotiation import DEFAULT_FORMAT
 from app.api.picture_links import base_address
 from app.api.schemas import (
     GenerateRequest,
-    generate_form,
+    generate_body,
     options_of,
     packing_of,
     packing_warnings,
@@ -129,7 +128,7 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         JOBS_PATH,
         status_code=202,
         response_model=JobAnswer,
-        openapi_extra=json_or_form_body(JobRequest, generate_form(JobRequest)),
+        openapi_extra=generate_body(JobRequest, LONGEST_TIMEOUT_S),
         responses=errors(404, 422, *JOB_ERRORS),
     )
     async def create(request: Request) -> Response:

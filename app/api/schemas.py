@@ -1,7 +1,7 @@
 """The bodies of ``/v1/generate``: what is asked, what is answered.
 
 Checks types and names only; ranges are checked once, by ``GenerationParams``.
-Nothing is converted: a number written as text is refused.
+Nothing is converted in JSON: a number written as text is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
-from app.api.bodies import SMALL_BODY_BYTES, Form, is_form, parse_fields, read_form
+from app.api.bodies import SMALL_BODY_BYTES, Form, Whole, is_form, parse_fields, read_form
 from app.api.documents import (
     FILE_SCHEMA,
     FILES_SCHEMA,
@@ -29,6 +29,8 @@ from app.api.documents import (
     TEXT_SCHEMA,
     Schema,
     form_schema,
+    json_or_form_body,
+    with_maximum,
 )
 from app.api.errors import from_problems
 from app.api.input_pictures import InputPictures
@@ -74,12 +76,14 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"maxLength": MAX_PROMPT_CHARS},
         description="What to steer away from; has an effect on base models only.",
     )
-    width: int | None = Field(
+    width: Whole | None = Field(
         None,
         json_schema_extra=SIDE_SCHEMA,
         description="Pixels; a multiple of 16 from 64 to 2048. Default: a setting.",
     )
-    height: int | None = Field(None, json_schema_extra=SIDE_SCHEMA, description="Pixels, as width.")
+    height: Whole | None = Field(
+        None, json_schema_extra=SIDE_SCHEMA, description="Pixels, as width."
+    )
     size: str | None = Field(
         None,
         json_schema_extra={"pattern": SIZE_PATTERN},
@@ -96,7 +100,7 @@ class GenerateRequest(BaseModel):
         description="With aspect_ratio: the area in millions of pixels. Default: the default "
         "size's. Sides are rounded to multiples of 16.",
     )
-    steps: int | None = Field(
+    steps: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 1, "maximum": MAX_STEPS},
         description="1 to 200. Default: the model's.",
@@ -106,12 +110,12 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"minimum": 0, "maximum": MAX_GUIDANCE},
         description="0 to 30; has an effect on base models only.",
     )
-    seed: int | None = Field(
+    seed: Whole | None = Field(
         None,
-        json_schema_extra={"minimum": 0, "maximum": MAX_SEED - MAX_IMAGES + 1},
+        json_schema_extra={"minimum": 0, "maximum": MAX_SEED},
         description="0 to 2**63 - 1; picture i uses seed + i. Default: random.",
     )
-    n: int | None = Field(
+    n: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES},
         description="Number of pictures, 1 to 10. Default: 1.",
@@ -140,13 +144,15 @@ class GenerateRequest(BaseModel):
     output_format: PictureFormat | None = Field(
         None, description="Default: what Accept asks for, else png."
     )
-    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        None, description="Of jpeg and webp. Default: 90."
+    quality: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
+        None,
+        json_schema_extra={"minimum": 1, "maximum": 100},
+        description="Of jpeg and webp. Default: 90.",
     )
     stream: bool | None = Field(
         None, description="Answer with server-sent events, whatever Accept says."
     )
-    previews: int | None = Field(
+    previews: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": MAX_PREVIEWS},
         description="With stream: pictures of what is coming, per image at most. Default: 0.",
@@ -247,10 +253,15 @@ async def read_generate(request: Request, settings: Settings, model: type[Asked]
     return await anyio.to_thread.run_sync(parse_generate, body, model)
 
 
-def generate_form(model: type[GenerateRequest]) -> Schema:
-    """The form for the OpenAPI document."""
+def generate_body(model: type[GenerateRequest], longest_s: float) -> Schema:
+    """The body for the OpenAPI document: JSON or a form.
+
+    Args:
+        longest_s: the most that ``timeout_s`` may be.
+    """
     files = {"image": FILES_SCHEMA, "mask": FILE_SCHEMA}
-    return form_schema(model, files, required=("prompt",), without=("images",))
+    form = form_schema(model, files, required=("prompt",), without=("images",))
+    return with_maximum(json_or_form_body(model, form), "timeout_s", longest_s)
 
 
 def from_form(form: Form, model: type[Asked]) -> Asked:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from app.api.bodies import Whole
 from app.api.documents import (
     PICTURE_SCHEMA,
     SIDE_SCHEMA,
@@ -29,11 +30,11 @@ VARIATION_PROMPT = "A variation of this picture"
 _FORMATS: dict[str, PictureFormat] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 _TOLD_QUALITIES = ("low", "medium", "high")
 
-_Steps = Annotated[int | None, Field(json_schema_extra={"minimum": 1, "maximum": MAX_STEPS})]
+_Steps = Annotated[Whole | None, Field(json_schema_extra={"minimum": 1, "maximum": MAX_STEPS})]
 _Guidance = Annotated[
     float | None, Field(allow_inf_nan=False, json_schema_extra={"minimum": 0, "maximum": 30})
 ]
-_Side = Annotated[int | None, Field(json_schema_extra=SIDE_SCHEMA)]
+_Side = Annotated[Whole | None, Field(json_schema_extra=SIDE_SCHEMA)]
 _Unused = Annotated[Any, Field(description="Accepted; has no effect.")]
 
 
@@ -44,7 +45,7 @@ class ImagesRequest(BaseModel):
 
     prompt: str = Field(json_schema_extra=TEXT_SCHEMA, description="At most 32000 characters.")
     model: str | None = Field(None, description="Any name; the loaded model serves it.")
-    n: int | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES})
+    n: Whole | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES})
     size: str | None = Field(
         None,
         json_schema_extra={"pattern": SIZE_PATTERN},
@@ -57,7 +58,7 @@ class ImagesRequest(BaseModel):
         None, description="Default: url for model names that begin with dall-e, else b64_json."
     )
     output_format: Literal["png", "jpeg", "webp", "jpg"] | None = None
-    output_compression: int | None = Field(
+    output_compression: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": 100},
         description="Quality of jpeg and webp. Default: 100.",
@@ -67,7 +68,7 @@ class ImagesRequest(BaseModel):
         WithJsonSchema({"enum": ["auto", "opaque", None]}),
     ] = Field(None, description="The model draws opaque pictures only.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    partial_images: int | None = Field(
+    partial_images: Whole | None = Field(
         None, json_schema_extra={"minimum": 0, "maximum": MAX_PARTIAL_IMAGES}
     )
     moderation: _Unused = None
@@ -85,9 +86,9 @@ class ImagesRequest(BaseModel):
     guidance: _Guidance = Field(None, description="The same as guidance_scale.")
     cfg_scale: _Guidance = Field(None, description="The same as guidance_scale.")
     cfg: _Guidance = Field(None, description="The same as guidance_scale.")
-    seed: int | None = Field(
+    seed: Whole | None = Field(
         None,
-        json_schema_extra={"minimum": -1, "maximum": MAX_SEED - MAX_IMAGES},
+        json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
         description="Picture i uses seed + i. null or -1: random.",
     )
     negative_prompt: str | None = Field(
@@ -117,7 +118,7 @@ def _optional(schema: Schema) -> Schema:
 
 
 def _many(schema: Schema) -> Schema:
-    return _optional({"type": "array", "items": schema, "maxItems": MAX_REFERENCES})
+    return _optional({"type": "array", "items": schema, "minItems": 1, "maxItems": MAX_REFERENCES})
 
 
 def _one_or_many(schema: Schema) -> Schema:

@@ -20,7 +20,7 @@ from app.errors import InvalidRequestError
 from app.settings import Settings
 from fluxcore.errors import InvalidParamsError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA
-from fluxcore.params import GenerationParams
+from fluxcore.params import GenerationParams, check_side
 
 # A picture under a mask is brought to the size asked for; to stretch it by more would show.
 MAX_STRETCH = 0.02
@@ -71,24 +71,30 @@ def read_fields(asked: ImagesRequest, settings: Settings, *, has_pictures: bool)
         )
     names: dict[str, str] = {}
     given: dict[str, Any] = {"n": 1 if asked.n is None else asked.n}
+    warnings = _warnings(asked)
     for target, aliases in (("steps", _STEPS), ("guidance", _GUIDANCE)):
-        name, value = _one_of(asked, aliases)
-        if value is not None:
-            given[target], names[target] = value, name
+        found = _one_of(asked, aliases)
+        for name, value in found:
+            _check(target, name, value)
+        if found:
+            given[target] = found[0][1]
+        warnings += [
+            f"{name} has no effect beside {found[0][0]}"
+            for name, value in found[1:]
+            if value != found[0][1]
+        ]
     if asked.seed is not None and asked.seed != -1:
         given["seed"] = asked.seed
     if asked.negative_prompt:
         given["negative_prompt"] = asked.negative_prompt
-    sides = _sides(asked, names)
-    if not sides and not has_pictures:
-        sides = {"width": settings.default_width, "height": settings.default_height}
+    sides = _sides(asked, settings, names, has_pictures=has_pictures)
     given |= sides
     try:
         params = GenerationParams(prompt=asked.prompt, **given)
     except InvalidParamsError as error:
         raise _named(error, names) from None
-    size = (sides["width"], sides["height"]) if sides else None
-    return Drawn(params, _packing(asked), _previews(asked), size, names, _warnings(asked))
+    size = (sides["width"], sides["height"]) if len(sides) == 2 else None
+    return Drawn(params, _packing(asked), _previews(asked), size, names, warnings)
 
 
 def with_pictures(drawn: Drawn, pictures: InputPictures, name: str) -> GenerationParams:
@@ -116,34 +122,51 @@ def with_pictures(drawn: Drawn, pictures: InputPictures, name: str) -> Generatio
         raise _named(error, {**drawn.names, "references": name}) from None
 
 
-def _one_of(asked: ImagesRequest, aliases: Sequence[str]) -> tuple[str, Any]:
-    """The value that was given under one of several names, and which."""
-    given = {name: value for name in aliases if (value := getattr(asked, name)) is not None}
-    if len(set(given.values())) > 1:
-        raise InvalidRequestError(
-            f"{' and '.join(given)} are names of one parameter; give one of them",
-            param=next(iter(given)),
-        )
-    return next(iter(given.items()), (aliases[0], None))
+def _one_of(asked: ImagesRequest, aliases: Sequence[str]) -> list[tuple[str, Any]]:
+    """What was given under the names of one parameter; the first counts."""
+    return [(name, value) for name in aliases if (value := getattr(asked, name)) is not None]
 
 
-def _sides(asked: ImagesRequest, names: dict[str, str]) -> dict[str, int]:
-    """Width and height as asked for, in pixels; nothing for "auto"."""
-    if asked.width is not None and asked.height is not None:
-        return {"width": asked.width, "height": asked.height}
-    if asked.width is not None or asked.height is not None:
-        given, absent = ("width", "height") if asked.height is None else ("height", "width")
-        raise InvalidRequestError(f"{given} needs {absent} beside it, or give size", param=given)
-    if asked.size in _NO_SIZE:
+def _check(target: str, name: str, value: Any) -> None:
+    """Judge one value by itself, also one that has no effect."""
+    given: dict[str, Any] = {target: value}
+    try:
+        GenerationParams(prompt="any", **given)
+    except InvalidParamsError as error:
+        raise _named(error, {target: name}) from None
+
+
+def _sides(
+    asked: ImagesRequest, settings: Settings, names: dict[str, str], *, has_pictures: bool
+) -> dict[str, int]:
+    """Width and height, in pixels; of edits without a size, only what was given."""
+    sides = _from_size(asked.size)
+    names |= dict.fromkeys(sides, "size")
+    if not sides and not has_pictures:
+        sides = {"width": settings.default_width, "height": settings.default_height}
+    for name in ("width", "height"):
+        value = getattr(asked, name)
+        if value is not None:
+            sides[name], names[name] = value, name
+    return sides
+
+
+def _from_size(size: str | None) -> dict[str, int]:
+    if size in _NO_SIZE:
         return {}
-    match = _SIZE.fullmatch(asked.size or "")
+    match = _SIZE.fullmatch(size or "")
     if match is None:
         raise InvalidRequestError(
-            f"size must be auto or WIDTHxHEIGHT, such as 1024x1024; got {asked.size!r:.60}",
+            f"size must be auto or WIDTHxHEIGHT, such as 1024x1024; got {size!r:.60}",
             param="size",
         )
-    names["width"] = names["height"] = "size"
-    return {"width": int(match[1]), "height": int(match[2])}
+    sides = {"width": int(match[1]), "height": int(match[2])}
+    for name, side in sides.items():
+        try:
+            check_side(name, side)
+        except InvalidParamsError as error:
+            raise InvalidRequestError(f"size: {error.message}", param="size") from None
+    return sides
 
 
 def _previews(asked: ImagesRequest) -> int:
@@ -202,5 +225,5 @@ def _named(error: InvalidParamsError, names: Mapping[str, str]) -> InvalidReques
     message = error.message
     if name != error.field:
         own = f"{error.field} must"
-        message = message.replace(own, f"{name} must", 1) if name != "size" else f"size: {message}"
+        message = message.replace(own, f"{name} must", 1)
     return InvalidRequestError(message, param=name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from app.api.documents import ErrorAnswer, raw_error, schema_of
+from app.api.documents import ErrorAnswer, put_body_in_place, raw_error, schema_of
 from app.api.security.guard import is_public
 from app.settings import Settings
 
@@ -39,6 +39,7 @@ def describe_guard(app: FastAPI, settings: Settings) -> None:
                 components["securitySchemes"] = _SCHEMES
             for path, operations in document["paths"].items():
                 for method, operation in operations.items():
+                    put_body_in_place(operation)
                     needs_key = bool(settings.api_keys) and not is_public(path)
                     _describe(operation, method, needs_key=needs_key)
         assert app.openapi_schema is not None, "the framework keeps the document that it makes"
