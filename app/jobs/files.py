@@ -57,6 +57,7 @@ class JobFiles:
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._inputs = root / "inputs"
         self._results = root / "results"
         self._answers = root / "answers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from app.jobs.schema import open_database
 from app.jobs.store import JobStore, Limits
 from app.jobs.webhooks import Webhooks
 from app.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
 
 # Kept jobs that the engine has at a time: enough to run those of one shape as a batch.
 MOST_IN_ENGINE = 8
@@ -33,6 +36,7 @@ class Kept:
 
     def start(self) -> None:
         """Take up what an earlier process left."""
+        logger.info("accepted jobs are kept in %s", self.files.root)
         self.answers.start()
         self.jobs.start()
         self.webhooks.start()

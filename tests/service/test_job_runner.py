@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.engine import Engine, JobEvent, Packing, Preview, Queued, Settled, Started, StepDone
+from app.engine import (
+    Engine,
+    JobEvent,
+    JobOutcome,
+    Packing,
+    Preview,
+    Queued,
+    Settled,
+    Started,
+    StepDone,
+)
 from app.jobs import runner as runner_module
 from app.jobs.files import JobFiles, new_job_id
 from app.jobs.opening import MOST_IN_ENGINE, Kept, open_kept
 from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest
 from app.jobs.retention import Retention, SweepBudget
 from app.jobs.runner import MOST_ATTEMPTS, JobRunner
+from app.jobs.store import JobStore
 from app.main import create_engine
 from app.settings import SettingsError
 from fluxcore.params import GenerationParams
@@ -373,6 +386,28 @@ def test_a_deadline_is_kept_on_the_disk_and_in_the_engine(start_jobs: Open) -> N
     error = service.wait(late, JobStatus.FAILED).error
     assert error is not None and error["code"] == "timeout"
     service.pipeline.gate.set()
+
+
+def test_a_database_that_fails_delays_jobs_and_loses_none(
+    start_jobs: Open, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "DISK_RETRY_S", 0.05)
+    service = start_jobs()
+    complete, tried = JobStore.complete, []
+
+    def fail_twice(store: JobStore, job_id: str, outcome: JobOutcome) -> Future[bool]:
+        tried.append(job_id)
+        if len(tried) <= 2:
+            failed: Future[bool] = Future()
+            failed.set_exception(sqlite3.OperationalError("database or disk is full"))
+            return failed
+        return complete(store, job_id, outcome)
+
+    monkeypatch.setattr(JobStore, "complete", fail_twice)
+    job_id = service.accept()
+    service.wait(job_id)
+    assert tried == [job_id] * 3 and files_of(data, "results") == [job_id]
+    assert service.pipeline.ran == ["a fox"]
 
 
 def test_a_full_disk_delays_jobs_and_loses_none(
