@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
+import random
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -552,3 +555,54 @@ def test_the_same_picture_comes_of_a_job_that_is_run_again(
             png = {"Accept": "image/png"}
             again = client.post("/v1/generate", json={**body, "seed": image["seed"]}, headers=png)
             assert client.get(f"{path}/images/0").content == again.content
+
+
+def test_many_clients_at_once_leave_a_clean_house(
+    start_live: StartLive, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = start_live(FakePipeline(slice_s_at_512=0.05), settings={"data_dir": data})
+    picture = encode(Image.effect_noise((96, 64), 80.0).convert("RGB"))
+    jobs: list[dict[str, Any]] = []
+
+    def behave(number: int) -> httpx2.Response:
+        chance = random.Random(number)
+        with live.client() as client:
+            for _ in range(6):
+                given: dict[str, Any] = {"priority": chance.choice(["batch", "normal"])}
+                if chance.random() < 0.3:
+                    given |= {"images": [picture], "width": None, "height": None}
+                prompt = chance.choice(["a fox"] * 6 + ["oom", "fail"])
+                job = accept(client, prompt, previews=chance.choice([0, 1]), **given)
+                jobs.append(job)
+                match chance.choice(["cancel", "watch", "leave", "look", "nothing"]):
+                    case "cancel":
+                        assert client.delete(job["urls"]["job"]).status_code == 200
+                    case "watch":
+                        last = events_in(client.get(job["urls"]["events"]).text)[-1][1]
+                        assert last in ("completed", "failed")
+                    case "leave":
+                        with client.stream("GET", job["urls"]["events"]) as stream:
+                            next(stream.iter_lines())
+                    case "look":
+                        look(client, job)
+            return client.get("/v1/jobs?limit=100")
+
+    for later in [Later(partial(behave, number)) for number in range(16)]:
+        assert later.answer().status_code == 200
+    with live.client() as client:
+        wait_until(lambda: "fluxd_kept_jobs 0.0" in client.get("/metrics").text)
+        statuses = {job["id"]: look(client, job)["status"] for job in jobs}
+    assert len(statuses) == 16 * 6
+    assert set(statuses.values()) == {"completed", "failed", "cancelled"}
+    completed = {job_id for job_id, status in statuses.items() if status == "completed"}
+    assert {path.name for path in (Path(data) / "results").iterdir()} == completed
+    for left in ("inputs", "staging"):
+        assert list((Path(data) / left).iterdir()) == []
+    # Each one that was drawn to its end is there, once.
+    assert len(live.pipeline.ended) >= len(completed)
+    wrong = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("app.jobs") and record.levelno >= logging.WARNING
+    ]
+    assert wrong == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.jobs.files import JobFiles
 from app.main import listen
 from tests.service.conftest import PATIENCE_S, Later, error_of, wait_until
 from tests.service.processes import FLUXD, ServerProcess
@@ -115,6 +116,19 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tiny_checkpoint: Path) 
             assert server.output.startswith(f"fluxd: cannot listen on 127.0.0.1 port {port}: ")
             assert "--port" in server.output
         assert time.monotonic() - started_s < PATIENCE_S
+
+
+def test_a_data_directory_in_use_is_said_before_anything_is_loaded(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    held = JobFiles(tmp_path)
+    command = (*FLUXD, "serve", "--model", str(tiny_checkpoint), "--port", "0")
+    with ServerProcess(*command, FLUXD_DATA_DIR=str(tmp_path)) as server:
+        assert server.status() == 2
+        (line,) = [line for line in server.lines if line.startswith("fluxd: ")]
+        assert line.startswith(f"fluxd: data_dir {tmp_path}: is in use by another fluxd; ")
+        assert "data_dir=off" in line and "Traceback" not in server.output
+    held.close()
 
 
 def test_answers_are_sent_at_once() -> None:
