@@ -111,7 +111,7 @@ class Settings(BaseModel):
     queue_limit: int = Field(
         default=32,
         ge=1,
-        le=10_000,
+        le=1_000,
         description="Jobs that may wait. One more is refused with 429 and Retry-After.",
     )
     queue_pixels: int = Field(

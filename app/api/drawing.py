@@ -53,7 +53,9 @@ class Drawing:
             ServiceError: no job is taken now.
         """
         self._check_count(references, name)
-        self.engine.check_admission(request.state.client)
+        if references or mask is not None:
+            # Else there is nothing to spare, and the whole request can be judged.
+            self.engine.check_admission(request.state.client)
         return await self.decode(references, mask, name)
 
     async def decode(

@@ -7,6 +7,7 @@ measured. Knows nothing of queues or threads.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,8 +77,9 @@ class CostModel:
         self._means: dict[str, OrderedDict[int, _Mean]] = {
             stage: OrderedDict() for stage in _GUESS_S
         }
-        # How much slower than the first guesses this machine is.
-        self._scale = 1.0
+        # How much slower than the first guesses this machine is: what was measured of
+        # stages as they were first seen, and what had been guessed.
+        self._learnt_s = self._guessed_s = 0.0
 
     def observe(self, unit: Unit, took_s: float) -> None:
         """A slice was done in so many seconds."""
@@ -86,6 +88,8 @@ class CostModel:
         each_s = took_s / unit.times
         known = means.get(unit.size)
         if known is None:
+            if not means:
+                self._learn(took_s, [unit])
             means[unit.size] = _Mean(each_s, each_s)
             if len(means) > SIZES_KEPT:
                 means.popitem(last=False)
@@ -105,7 +109,9 @@ class CostModel:
             Unit("denoise", _tokens(width, height)),
             Unit("decode", width * height),
         )
-        self._scale *= max(took_s, SHORTEST_S) / sum(self._guess_s(unit) for unit in units)
+        # What came before was the device's first work, which is slower than the rest.
+        self._learnt_s = self._guessed_s = 0.0
+        self._learn(took_s, units)
         self.is_measured = True
         self.version += 1
 
@@ -121,9 +127,15 @@ class CostModel:
         scale = unit.work / unit._replace(size=nearest).work
         return means[nearest].told * scale * unit.times
 
+    def _learn(self, took_s: float, units: Sequence[Unit]) -> None:
+        factor = self._learnt_s / self._guessed_s if self._guessed_s else 1.0
+        self._guessed_s += sum(self._guess_s(unit) for unit in units) / factor
+        self._learnt_s += max(took_s, SHORTEST_S)
+
     def _guess_s(self, unit: Unit) -> float:
         known = unit._replace(size=_GUESS_SIZE[unit.stage])
-        return _GUESS_S[unit.stage] * self._scale * unit.work / known.work * unit.times
+        guess_s = _GUESS_S[unit.stage] * unit.work / known.work * unit.times
+        return guess_s * (self._learnt_s / self._guessed_s if self._guessed_s else 1.0)
 
 
 class WorkLeft:

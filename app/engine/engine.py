@@ -181,9 +181,11 @@ class Engine:
         # One that was accepted before is offered again and again until the engine takes it.
         with self._rejections_counted(is_on=not options.is_admitted):
             resolved = self._pipeline().prepare(params).params
+            # Before a seed is drawn, which is another one when the request comes again.
+            signature = hash((options.client, *params.summary().values()))
             if params.seed is None:
                 params = dataclasses.replace(params, seed=resolved.seeds[0])
-            job = Job(params, resolved, packing, request_id, options)
+            job = Job(params, resolved, packing, request_id, options, signature)
             if not self._scheduler.admit(job):
                 raise self._shutting_down()
         logger.debug("prompt: %s", params.prompt)

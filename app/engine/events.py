@@ -120,7 +120,7 @@ class EventLog:
                 self._listeners.pop(key, None)
 
         with self._lock:
-            if place is not None and Queued in self._current:
+            if place is not None and not self._current.keys() & {Started, Settled}:
                 self._current[Queued] = place
             if Settled not in self._current:
                 self._listeners[key] = listener

@@ -88,6 +88,7 @@ class Job:
         packing: how to write the pictures.
         request_id: names the job in logs and answers.
         options: how to treat it.
+        signature: the same for a request that the same client sends again.
         future: gets the outcome or a ``ServiceError``, once.
         events: what becomes of it, for those who watch.
     """
@@ -99,12 +100,14 @@ class Job:
         packing: Packing,
         request_id: str,
         options: JobOptions = DEFAULT_OPTIONS,
+        signature: int | None = None,
     ) -> None:
         self.params = params
         self.resolved = resolved
         self.packing = packing
         self.request_id = request_id
         self.options = options
+        self.signature = signature
         self.events = EventLog()
         # The preview that is being packed, or was last.
         self.last_preview: Future[None] | None = None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from app.engine.admission import Admission, Limits, Load
+from app.engine.admission import Admission, Asker, Limits, Load
 from app.engine.costs import WorkLeft
 from app.engine.events import Queued
 from app.engine.jobs import Job
@@ -80,7 +80,7 @@ class Scheduler:
             QueueFullError: with the time after which there should be room.
         """
         with self._changed:
-            self._check(Load(0.0, 0), client)
+            self._check(self._asker(client, None), Load(0.0, 0))
 
     def admit(self, job: Job) -> bool:
         """Let a job wait for its turn. False once the scheduler is closed.
@@ -94,11 +94,12 @@ class Scheduler:
             now_s = self._clock()
             if not options.is_admitted:
                 work_s = left.estimate_s(self._policy.costs)
-                self._check(Load(work_s, left.pixels), options.client)
+                asker = self._asker(options.client, job.signature)
+                self._check(asker, Load(work_s, left.pixels))
             if self._closed:
                 return False
             if not options.is_admitted:
-                self._admission.admitted(now_s)
+                self._admission.admitted(asker, now_s)
             self._accepted += 1
             deadline_s = None if options.deadline_s is None else now_s + options.deadline_s
             self._waiting[job] = Entry(job, self._accepted, left, deadline_s)
@@ -243,17 +244,32 @@ class Scheduler:
             places=self._limits.in_flight - self.in_flight,
         )
 
-    def _check(self, wanted: Load, client: str) -> None:
-        # What was accepted before has bounds of its own, and leaves these to the others.
-        loads = [
-            Load(self._policy.remaining_s(entry), entry.left.pixels, not entry.is_active)
-            for entry in self._foreseen()
-            if not entry.job.options.is_admitted
-        ]
+    def _asker(self, client: str, request: int | None) -> Asker:
         own = sum(
             job.options.client == client and not job.options.is_admitted for job in self._waiting
         )
-        self._admission.check(wanted, loads, own, self._clock())
+        return Asker(own, request)
+
+    def _check(self, asker: Asker, wanted: Load) -> None:
+        self._admission.check(
+            asker,
+            wanted,
+            self._loads((*self._active.values(), *self._waiting.values())),
+            self._clock(),
+            foreseen=lambda: self._loads(self._foreseen()),
+            is_measured=self._policy.costs.is_measured,
+        )
+
+    def _loads(self, entries: Iterable[Entry]) -> list[Load]:
+        return [
+            Load(
+                self._policy.remaining_s(entry),
+                entry.left.pixels,
+                is_waiting=not entry.is_active,
+                is_bounded=not entry.job.options.is_admitted,
+            )
+            for entry in entries
+        ]
 
     def _places(self) -> Iterator[tuple[Entry, Queued]]:
         """Every waiting job and its place."""
@@ -274,12 +290,11 @@ class Scheduler:
     def _tell_places(self) -> None:
         """Tell those whose place has changed, outside the lock: listeners may hold locks."""
         with self._changed:
+            if not any(job.events.is_watched for job in self._waiting):
+                return
             changed = []
             for entry, place in self._places():
-                is_new = entry.told_position is None
-                if is_new or (
-                    entry.job.events.is_watched and entry.told_position != place.position
-                ):
+                if entry.job.events.is_watched and entry.told_position != place.position:
                     entry.told_position = place.position
                     changed.append((entry.job, place))
         for job, place in changed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.engine.admission import LONGEST_WAIT_S, Limits
+from app.engine.admission import LONGEST_GUESS_S, LONGEST_WAIT_S, Limits
 from app.engine.costs import CostModel, Unit, WorkLeft
 from app.engine.events import Queued
 from app.engine.jobs import Job, JobOptions, Priority
@@ -301,6 +301,15 @@ def test_a_warm_up_sets_the_first_guesses() -> None:
     assert sum(costs.estimate_s(unit) for unit in work) == pytest.approx(0.04)
 
 
+def test_the_first_measured_stages_scale_the_guesses_of_the_others() -> None:
+    costs, fresh = CostModel(), CostModel()
+    step, picture = Unit("denoise", 1536), Unit("decode", 512 * 512)
+    costs.observe(Unit("text", 1), 0.01 * fresh.estimate_s(Unit("text", 1)))
+    assert costs.estimate_s(step) == pytest.approx(0.01 * fresh.estimate_s(step))
+    costs.observe(step, 0.01 * fresh.estimate_s(step))
+    assert costs.estimate_s(picture) == pytest.approx(0.01 * fresh.estimate_s(picture))
+
+
 def test_a_single_slow_slice_does_not_stay_in_the_estimate() -> None:
     costs, unit = CostModel(), Unit("denoise", 1536)
     costs.observe(unit, 30.0)
@@ -349,6 +358,12 @@ def test_a_full_queue_says_when_the_next_place_comes_free() -> None:
     first_s = each_s - TEXT_S - 2 * STEP_S[512]
     assert waits == pytest.approx([first_s, first_s + each_s, first_s + 2 * each_s], rel=0.1)
     assert refused(made, make("d", 512)).bound == "jobs"
+
+
+def test_before_anything_is_measured_no_long_wait_is_told() -> None:
+    made = device(Limits(jobs=1, work_s=1e6), is_measured=False)
+    made.scheduler.admit(make("a", 1024, steps=50))
+    assert 0 < wait_s(refused(made, make("b"))) <= LONGEST_GUESS_S
 
 
 def test_a_wait_is_never_longer_than_clients_honour() -> None:
@@ -415,7 +430,7 @@ def test_clients_that_come_back_when_told_are_let_in(seed: int) -> None:
         (started_s + chance.uniform(0, 2), make(f"{i}", chance.choice([256, 512])), None, 0.0)
         for i in range(60)
     ]
-    ratios = []
+    waits = []
     while coming:
         coming.sort(key=lambda each: each[0])
         when_s, job, first_s, told_s = coming[0]
@@ -434,10 +449,12 @@ def test_clients_that_come_back_when_told_are_let_in(seed: int) -> None:
             coming.append((now_s + wait, job, first_s, told_s))
         else:
             if first_s is not None:
-                ratios.append((now_s - first_s) / told_s)
+                waits.append((told_s, now_s - first_s))
     made.run()
-    assert len(ratios) > 30
-    assert sum(ratio <= 2 for ratio in ratios) >= 0.95 * len(ratios), sorted(ratios)
+    assert len(waits) > 30
+    # Retry-After counts whole seconds; what is told beside it may be finer than a step.
+    broken = [(told, took) for told, took in waits if took > max(2 * told, told + STEP_S[512])]
+    assert len(broken) <= 0.05 * len(waits), broken
 
 
 @pytest.mark.parametrize("seed", range(20))

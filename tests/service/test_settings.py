@@ -78,7 +78,7 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("port", 70_000, "less than or equal to 65535; got 70000"),
         ("port", -1, "greater than or equal to 0"),
         ("queue_limit", 0, "greater than or equal to 1"),
-        ("queue_limit", 10_001, "less than or equal to 10000"),
+        ("queue_limit", 1_001, "less than or equal to 1000"),
         ("device", "gpu", "should be auto, cpu, mps, cuda or cuda:N; got 'gpu'"),
         ("device", "cuda:x", "should be auto"),
         ("dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
