@@ -207,7 +207,7 @@ class Engine:
         return EngineStatus(
             state=state,
             is_alive=worker.is_alive and not (worker.is_device_suspect or worker.is_stalled),
-            is_ready=state == WorkerState.READY and worker.is_alive,
+            is_ready=state == WorkerState.READY and worker.is_alive and not worker.is_stalled,
             startup=worker.startup,
             model=None if pipeline is None else pipeline.info.name,
             device={} if pipeline is None else pipeline.runtime.describe(),

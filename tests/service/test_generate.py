@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -236,6 +237,26 @@ def test_a_shape_holds_for_references_but_not_under_a_mask(client: TestClient) -
 
 def test_previews_without_a_stream_are_said_to_do_nothing(client: TestClient) -> None:
     assert ask(client, previews=2).json()["warnings"] == ["previews has no effect without stream"]
+
+
+def test_a_job_too_large_for_memory_is_not_to_be_repeated_and_small_ones_work(
+    client: TestClient, tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = tiny_pipeline.transformer.forward
+
+    def limited(img: torch.Tensor, *others: Any) -> torch.Tensor:
+        if img.shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+        return forward(img, *others)
+
+    monkeypatch.setattr(tiny_pipeline.transformer, "forward", limited)
+    for _ in range(2):
+        answer = client.post("/v1/generate", json={"prompt": "x", "width": 256, "height": 256})
+        assert answer.status_code == 507
+        assert error_of(answer)["code"] == "out_of_memory"
+        assert answer.headers["x-should-retry"] == "false"
+        assert pictures_of(ask(client, width=64, height=64))[0].size == (64, 64)
+    assert client.get("/health").status_code == 200
 
 
 def test_a_large_body_is_parsed_as_a_small_one(client: TestClient) -> None:

@@ -104,9 +104,11 @@ def test_health_notices_a_worker_that_does_not_come_back(
         assert stalled.status_code == 503
         assert stalled.json()["status"] == "failed"
         assert error_of(stalled)["code"] == "engine_dead"
+        assert client.get("/ready").status_code == 503
         live.pipeline.gate.set()
         assert later.answer().status_code == 200
         assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
         # Once slices have been measured, the bound follows from what they take.
         live.pipeline.close_gate()
         later = live.generate_later("stuck again")
