@@ -382,6 +382,8 @@ class Engine:
             # Noted first, so that it is there when the client has its answer.
             telemetry.log_event(logger, logging.INFO, "job done", fields)
             self.metrics.completed(len(pictures), timings_ms)
+            times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
+            job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
 
         job.complete(outcome, note)
 
@@ -396,6 +398,7 @@ class Engine:
                 job.request_id,
             )
             self.metrics.failed(error.code)
+            job.trace.ended(error.code, {})
 
         job.fail(error, note)
 

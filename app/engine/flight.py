@@ -69,7 +69,7 @@ class Flight:
             return None
         sliced_s = time.monotonic()
         self.times.own_s += sliced_s - began_s
-        self._account(done.stage, sliced_s - began_s)
+        self._account(done.stage, done.stage, sliced_s - began_s)
         if done.stage == "denoise":
             eta_s = self._scheduler.eta_s(self._job)
             self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
@@ -79,12 +79,13 @@ class Flight:
         took_s = time.monotonic() - sliced_s
         self.times.own_s += took_s
         self.times.previews_s += took_s
-        self._account("decode", took_s)
+        self._account("decode", "preview", took_s)
         return PreviewPicture(done.image_index, done.step, picture)
 
-    def _account(self, stage: str, took_s: float) -> None:
+    def _account(self, stage: str, name: str, took_s: float) -> None:
         self._scheduler.slice_done(self._job, stage, took_s)
         self._metrics.sliced(stage, took_s)
+        self._job.trace.sliced(name, took_s)
 
     def close(self) -> None:
         """Abandon the run."""

@@ -17,6 +17,7 @@ from app.engine.contract import Resolved
 from app.engine.events import EventLog, Listener, Queued, Settled, Started
 from app.engine.packing import PackedPicture, Packing
 from app.errors import ServiceError
+from app.tracing import JobTrace
 from fluxcore.params import GenerationParams
 
 
@@ -102,6 +103,18 @@ class Job:
         options: JobOptions = DEFAULT_OPTIONS,
         signature: int | None = None,
     ) -> None:
+        # Made on the request's thread, so that it belongs to the request's trace.
+        self.trace = JobTrace(
+            {
+                "fluxd.request_id": request_id,
+                "fluxd.width": resolved.width,
+                "fluxd.height": resolved.height,
+                "fluxd.steps": resolved.steps,
+                "fluxd.images": len(resolved.seeds),
+                "fluxd.references": len(params.references),
+                "fluxd.priority": str(options.priority),
+            }
+        )
         self.params = params
         self.resolved = resolved
         self.packing = packing
