@@ -57,7 +57,7 @@ format: $(INSTALLED) ## Format the code and apply the safe fixes
 
 clean: ## Remove the environment, the random models and all caches
 	rm -rf "$(VENV)" .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	rm -rf .hypothesis build dist $(NODE_CLIENT)/node_modules
+	rm -rf .hypothesis .schemathesis build dist $(NODE_CLIENT)/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One call installs all, so that the constraints hold for torch, too: an open

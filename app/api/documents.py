@@ -44,7 +44,9 @@ FILES_SCHEMA: Schema = {
     "anyOf": [FILE_SCHEMA, {"type": "array", "items": FILE_SCHEMA, "minItems": 1}]
 }
 _SIDES = "|".join(str(side) for side in range(MIN_SIDE_PX, MAX_SIDE_PX + 1, SIZE_MULTIPLE))
-SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"
+SIZE_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))$"
+# Some clients send an empty text instead of nothing.
+SIZE_OR_EMPTY_PATTERN = f"^(auto|({_SIDES})x({_SIDES}))?$"
 # At most four digits before the point and three after it.
 RATIO_PATTERN = r"^([0-9]{1,4}(?:\.[0-9]{1,3})?):([0-9]{1,4}(?:\.[0-9]{1,3})?)$"
 
@@ -196,6 +198,8 @@ def _inline(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 def _without_null(field: Schema) -> Schema:
     kept = {name: value for name, value in field.items() if name not in ("anyOf", "default")}
+    if "enum" in kept:
+        kept["enum"] = [value for value in kept["enum"] if value is not None]
     options = [option for option in field.get("anyOf", ()) if option != {"type": "null"}]
     if len(options) == 1:
         return {**options[0], **kept}

@@ -14,7 +14,7 @@ from app.api.bodies import Whole
 from app.api.documents import (
     PICTURE_SCHEMA,
     SIDE_SCHEMA,
-    SIZE_PATTERN,
+    SIZE_OR_EMPTY_PATTERN,
     TEXT_SCHEMA,
     Schema,
 )
@@ -48,7 +48,7 @@ class ImagesRequest(BaseModel):
     n: Whole | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES})
     size: str | None = Field(
         None,
-        json_schema_extra={"pattern": SIZE_PATTERN},
+        json_schema_extra={"pattern": SIZE_OR_EMPTY_PATTERN},
         description="auto or WIDTHxHEIGHT, each side a multiple of 16 from 64 to 2048.",
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd", "xhigh", "max"] | None = (

@@ -1,6 +1,6 @@
 """A service that draws small grey pictures at once, whatever size is asked for.
 
-Started by the test of the OpenAPI document as ``python -m tests.service.fuzz_server``.
+Started by the test of the OpenAPI document as ``python -m tests.fuzz.server``.
 """
 
 from __future__ import annotations
