@@ -7,7 +7,6 @@ something unknown. The pictures stay undecoded here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -52,12 +51,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(slots=True)
 class Form:
-    """A form. ``fields`` holds text; ``unknown_files`` the names of files that are no picture."""
+    """A form. ``fields`` holds text; ``unknown_files`` the names of files that are no picture,
+    ``repeated`` those of text that came more than once."""
 
     fields: dict[str, str] = field(default_factory=dict)
     references: list[Source] = field(default_factory=list)
     mask: Source | None = None
     unknown_files: list[str] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
 
 
 def media_type(request: Request) -> str:
@@ -117,14 +118,22 @@ def parse_json(body: bytes, model: type[Model]) -> Model:
         raise _first_problem(error, model) from None
 
 
-def parse_fields(fields: Mapping[str, str], model: type[Model]) -> Model:
+def parse_fields(form: Form, model: type[Model]) -> Model:
     """The text fields of a form, checked; numbers and truth values are read from their text.
 
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
+    for name in model.model_fields:
+        if name in form.unknown_files:
+            raise InvalidRequestError(
+                f"{name} must be text, and came as a file (with curl: -F '{name}=<FILE')",
+                param=name,
+            )
+        if name in form.repeated:
+            raise InvalidRequestError(f"{name} must be sent once", param=name)
     try:
-        return model.model_validate_strings(dict(fields), context=_AS_TEXT)
+        return model.model_validate_strings(dict(form.fields), context=_AS_TEXT)
     except ValidationError as error:
         raise _first_problem(error, model) from None
 
@@ -159,6 +168,8 @@ async def read_form(request: Request, max_bytes: int) -> Form:
             elif isinstance(content, bytes):
                 form.unknown_files.append(name)
             else:
+                if name in form.fields:
+                    form.repeated.add(name)
                 form.fields[name] = content
     return form
 

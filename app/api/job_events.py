@@ -14,9 +14,22 @@ from typing import Protocol
 import anyio.to_thread
 
 from app.api.waiting import left_error, timeout_error
-from app.engine import Engine, Job, JobEvent, JobOutcome, Preview, Queued, Settled, StepDone
+from app.engine import (
+    Engine,
+    Job,
+    JobEvent,
+    JobOutcome,
+    Preview,
+    Queued,
+    Settled,
+    Started,
+    StepDone,
+)
 from app.engine.events import Listener
 from app.errors import ServiceError, as_service_error
+
+# Events of one kind that are kept for a reader who falls behind. Previews may be large.
+UNREAD: dict[type[JobEvent], int] = {Queued: 1, Started: 1, StepDone: 1, Preview: 4, Settled: 1}
 
 
 class Narrator(Protocol):
@@ -36,7 +49,7 @@ class JobWatch:
     """What becomes of a job, awaited one event at a time.
 
     A reader that falls behind misses old places, steps and previews, never the end: a
-    client that does not read holds one preview of each picture at most.
+    client that does not read holds a few previews at most.
     """
 
     def __init__(self, watch: Callable[[Listener], Callable[[], None]]) -> None:
@@ -60,10 +73,10 @@ class JobWatch:
         self._loop.call_soon_threadsafe(self._keep, event)
 
     def _keep(self, event: JobEvent) -> None:
-        kind = _kind(event)
-        if kind is not None:
-            for old in [kept for kept in self._events if _kind(kept) == kind]:
-                self._events.remove(old)
+        unread = [kept for kept in self._events if _kind(kept) == _kind(event)]
+        surplus = len(unread) + 1 - UNREAD[type(event)]
+        for old in unread[: max(0, surplus)]:
+            self._events.remove(old)
         self._events.append(event)
         self._news.set()
 
@@ -105,13 +118,6 @@ async def job_events(
             engine.cancel(job, reason)
 
 
-def _kind(event: JobEvent) -> tuple[object, ...] | None:
-    """Of two events of one kind that nobody has read yet, the older one may go."""
-    match event:
-        case Queued():
-            return (Queued,)
-        case StepDone():
-            return (StepDone, event.image_index)
-        case Preview():
-            return (Preview, event.image_index)
-    return None
+def _kind(event: JobEvent) -> tuple[object, ...]:
+    """Of events of one kind that nobody has read yet, the oldest may go."""
+    return (StepDone, event.image_index) if isinstance(event, StepDone) else (type(event),)

@@ -272,9 +272,9 @@ def from_form(form: Form, model: type[Asked]) -> Asked:
     """
     known = [name for name in model.model_fields if name != "images"]
     for name in (*form.unknown_files, *form.fields):
-        if name not in known or name in form.unknown_files:
+        if name not in known:
             raise from_problems([{"type": "extra_forbidden", "loc": (name,)}], ["image", *known])
-    asked = parse_fields(form.fields, model)
+    asked = parse_fields(form, model)
     return asked.model_copy(update={"images": form.references or None, "mask": form.mask})
 
 

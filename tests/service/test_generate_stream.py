@@ -123,13 +123,17 @@ def test_a_waiting_job_is_told_its_place(live: Live) -> None:
     wait_until(live.pipeline.started.is_set)
     waiting = live.generate_later("waiting")
     wait_until(lambda: live.depth == 1)
-    last = live.generate_later("last", stream=True)
-    wait_until(lambda: live.depth == 2)
-    live.pipeline.gate.set()
-    found = events(last.answer().text)
-    places = of(found, "queued")
-    assert places[0]["position"] in (1, 2)
-    kinds = list(dict.fromkeys(event["type"] for event in found))
+    with (
+        live.client() as client,
+        client.stream("POST", "/v1/generate", json={**BODY, "prompt": "last"}) as answer,
+    ):
+        chunks = answer.iter_text()
+        text = next(chunks)
+        (place,) = events(text)
+        assert (place["type"], place["position"] in (1, 2)) == ("queued", True)
+        live.pipeline.gate.set()
+        text += "".join(chunks)
+    kinds = list(dict.fromkeys(event["type"] for event in events(text)))
     assert kinds == ["queued", "started", "step", "completed"]
     assert running.answer().status_code == waiting.answer().status_code == 200
 

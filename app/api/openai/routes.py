@@ -61,7 +61,7 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         """Draw pictures from a prompt and pictures, or draw the part under a mask again."""
         if is_form(request):
             form = await read_form(request, drawing.settings.max_body_bytes)
-            fields = parse_fields(form.fields, EditForm)
+            fields = parse_fields(form, EditForm)
             return await draw(request, fields, form.references, form.mask)
         asked = await read_json(request, EditRequest)
         references, mask = asked.sources()
@@ -73,7 +73,7 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         form = await read_form(request, drawing.settings.max_body_bytes)
         if form.mask is not None:
             raise InvalidRequestError("a variation takes no mask; use edits", param="mask")
-        fields = parse_fields(form.fields, VariationForm)
+        fields = parse_fields(form, VariationForm)
         return await draw(request, fields, form.references)
 
     async def draw(

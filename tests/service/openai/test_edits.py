@@ -258,6 +258,10 @@ def test_what_is_wrong_with_a_form_is_named(client: TestClient) -> None:
     assert (error["code"], error["param"]) == ("missing_required_parameter", "image")
     error = refusal(edit(client, IMAGE, prompt=""))
     assert (error["code"], error["param"]) == ("missing_required_parameter", "prompt")
+    error = refusal(edit(client, IMAGE, ("prompt", ("p.txt", b"a fox")), prompt=""))
+    assert error["param"] == "prompt" and "came as a file" in error["message"]
+    error = refusal(edit(client, IMAGE, ("n", (None, b"1")), n="2"))
+    assert error["param"] == "n" and "once" in error["message"]
     error = refusal(edit(client, IMAGE, n="many"))
     assert error["param"] == "n" and "valid integer" in error["message"]
     error = refusal(edit(client, IMAGE, stream="perhaps"))

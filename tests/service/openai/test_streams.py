@@ -232,6 +232,37 @@ def test_a_job_that_takes_too_long_is_ended_in_the_stream(start_live: StartLive)
     wait_until(lambda: pipeline.abandoned == [BODY["prompt"]])
 
 
+def test_the_end_of_the_service_is_told_to_those_who_wait(live: Live) -> None:
+    running = live.generate_later("running")
+    wait_until(live.pipeline.started.is_set)
+    with (
+        live.client() as client,
+        client.stream("POST", "/v1/images/generations", json=BODY) as answer,
+    ):
+        wait_until(lambda: live.depth == 1)
+        live.engine.drain()
+        (event,) = events_of("".join(answer.iter_text()))
+    assert (event.name, event.data["error"]["code"]) == ("error", "shutting_down")
+    live.pipeline.gate.set()
+    assert running.answer().status_code == 200
+
+
+def test_a_full_queue_is_told_by_its_status(start_live: StartLive) -> None:
+    pipeline = FakePipeline()
+    pipeline.close_gate()
+    live = start_live(pipeline, settings={"queue_limit": 1})
+    later = [live.generate_later("running")]
+    wait_until(pipeline.started.is_set)
+    later.append(live.generate_later("waiting"))
+    wait_until(lambda: live.depth == 1)
+    with live.client() as client:
+        refused = client.post("/v1/images/generations", json=BODY)
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) >= 1
+    pipeline.gate.set()
+    assert [one.answer().status_code for one in later] == [200, 200]
+
+
 def test_a_waiting_stream_shows_that_it_lives(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "HEARTBEAT_S", 0.05)
     with (
