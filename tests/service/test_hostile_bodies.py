@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.api.input_pictures import PictureLimits, decode_pictures
 from app.api.negotiation import choose_answer
-from app.api.schemas import parse_generate
+from app.api.schemas import GenerateRequest, parse_generate
 from app.errors import InvalidRequestError, ServiceError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
 from fluxcore.pipeline.pictures import fit_reference
@@ -22,7 +22,7 @@ LIMITS = PictureLimits(max_bytes=20_000_000, max_pixels=10_000_000)
 
 def _refused(body: bytes) -> ServiceError:
     with pytest.raises(ServiceError) as caught:
-        parse_generate(body)
+        parse_generate(body, GenerateRequest)
     return caught.value
 
 
