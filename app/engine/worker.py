@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 # A slice that takes so many times what it should is taken to be stuck, ...
 STALL_FACTOR = 20.0
-# ... but not before so many seconds, ...
-LEAST_STALL_S = 60.0
+# ... but not before so many seconds (a shape that is new may be compiled first), ...
+LEAST_STALL_S = 120.0
 # ... and so many where nothing has been measured yet.
 UNMEASURED_STALL_S = 900.0
 
