@@ -22,6 +22,7 @@
     ├── InternalError             500  a fault of ours, or the device's
     ├── NotReadyError             503  loading or warming up, with Retry-After
     ├── ShuttingDownError         503  with Retry-After
+    ├── TooManyBytesError         503  with Retry-After
     ├── TooManyConnectionsError   503  with Retry-After
     ├── StorageError              503  the data directory takes nothing
     ├── EngineDeadError           503  the worker has ended; only a restart helps
@@ -222,6 +223,12 @@ class ShuttingDownError(ServiceError):
     """The service takes no more jobs because it is ending."""
 
     status, code = 503, "shutting_down"
+
+
+class TooManyBytesError(ServiceError):
+    """The bodies of all requests together are larger than the settings allow."""
+
+    status, code = 503, "too_many_bytes"
 
 
 class TooManyConnectionsError(ServiceError):

@@ -145,6 +145,11 @@ class Settings(BaseModel):
         ge=1024,
         description="Largest request body; a larger one is refused with 413. Takes 64MiB, too.",
     )
+    max_bodies_bytes: ByteSize = Field(
+        default=ByteSize(512 * 2**20),
+        ge=1024,
+        description="Bytes of all bodies above 64 KiB whose requests are being answered; then 503.",
+    )
     client_timeout_s: float = Field(
         default=20.0,
         gt=0,

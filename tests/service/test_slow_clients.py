@@ -15,6 +15,7 @@ from app.telemetry import configure_logging
 from tests.service.conftest import PATIENCE_S, Live, StartLive, wait_until
 
 TIMEOUT_S = 0.4
+CLOSE = b"\r\nConnection: close\r\n\r\n"
 HEAD = (
     b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: 1000\r\n\r\n"
@@ -240,3 +241,26 @@ def test_no_client_fills_the_log_by_asking_for_an_upgrade(live: Live, log: io.St
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     assert "WARNING" not in log.getvalue() and "ERROR" not in log.getvalue()
+
+
+def test_bodies_of_all_clients_together_are_bounded(start_live: StartLive) -> None:
+    live = start_live(settings={"max_bodies_bytes": 1_000_000, "max_body_bytes": 800_000})
+    head = HEAD.replace(b"1000", b"700000")
+    with connected(live) as first:
+        first.sendall(head + b" " * 600_000)
+        second = b""
+        # The first one's bytes are counted as they are read.
+        while not second.startswith(b"HTTP/1.1 503 "):
+            with connected(live) as connection:
+                _send_all(connection, head.replace(b"\r\n\r\n", CLOSE) + b" " * 700_000)
+                second = all_of(connection)
+        assert b"\r\nretry-after: " in second.lower() and b"too_many_bytes" in second
+        # Small requests need no room, ...
+        assert live.generate("x" * 20_000).status_code == 200
+    # ... and what a client took that left is free again.
+    third = b""
+    while not third.startswith(b"HTTP/1.1 400 "):
+        with connected(live) as connection:
+            connection.sendall(head.replace(b"\r\n\r\n", CLOSE) + b" " * 700_000)
+            third = all_of(connection)
+    assert b"invalid_json" in third

@@ -2,7 +2,8 @@
 
 A body that announces too much is refused unread, one that turns out too large at
 the byte that is too much. One that stops arriving, or trickles, is given up, so that
-a client cannot hold a connection and half a body for ever.
+a client cannot hold a connection and half a body for ever. All of them together are
+bounded, too: a few hundred clients with large bodies would fill any memory.
 """
 
 from __future__ import annotations
@@ -14,29 +15,75 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
-from app.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
+from app.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    InvalidRequestError,
+    TooManyBytesError,
+)
 
 # What a client must send on average, beyond the first timeout's length. Slower than a modem.
 MIN_BYTES_PER_S = 4096
 # How long the rest of a body that is refused is read and dropped, so that the
 # client comes to read the answer instead of finding the connection reset.
 DISCARD_S = 2.0
+# Bodies up to this size are not counted together.
+SMALL_BYTES = 64 * 1024
+SPACE_RETRY_S = 5.0
 _LENGTH = re.compile(r"[0-9]{1,18}")
+
+
+class BodySpace:
+    """Memory that all bodies together may take while their requests are answered.
+
+    Small ones are not counted: they cannot add up to much, and must not have to wait for
+    large ones.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._taken_bytes = 0
+
+    def take(self, count: int) -> None:
+        """Count so many more bytes.
+
+        Raises:
+            TooManyBytesError: there is no room for them.
+        """
+        if self._taken_bytes + count > self._limit_bytes:
+            raise TooManyBytesError(
+                "the bodies of the requests that are being answered take all the memory that they "
+                "may; try again, or send smaller pictures",
+                retry_after_s=SPACE_RETRY_S,
+            )
+        self._taken_bytes += count
+
+    def give_back(self, count: int) -> None:
+        """The request is answered."""
+        self._taken_bytes -= count
 
 
 class BoundedBody:
     """One request's body. ``receive`` is the ASGI callable to hand on.
 
     Args:
+        space: what all bodies may take together.
         max_bytes: the most that is read.
         timeout_s: the longest time without a further byte.
     """
 
     def __init__(
-        self, headers: Headers, receive: Receive, max_bytes: int, timeout_s: float
+        self,
+        headers: Headers,
+        receive: Receive,
+        space: BodySpace,
+        max_bytes: int,
+        timeout_s: float,
     ) -> None:
         self._headers = headers
         self._receive = receive
+        self._space = space
+        self._space_bytes = 0
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._received_bytes = 0
@@ -61,7 +108,7 @@ class BoundedBody:
         """The next part of the body; after its end, whatever comes next, without a limit.
 
         Raises:
-            BodyTooLargeError, BodyTimeoutError
+            BodyTooLargeError, BodyTimeoutError, TooManyBytesError
         """
         if self._is_complete:
             return await self._receive()
@@ -72,7 +119,16 @@ class BoundedBody:
         self._is_complete = not message.get("more_body", False)
         if self._received_bytes > self._max_bytes:
             raise self._too_large()
+        if self._received_bytes > SMALL_BYTES:
+            new_bytes = self._received_bytes - self._space_bytes
+            self._space.take(new_bytes)
+            self._space_bytes += new_bytes
         return message
+
+    def close(self) -> None:
+        """The request is answered; nobody holds its body any more."""
+        self._space.give_back(self._space_bytes)
+        self._space_bytes = 0
 
     async def discard(self) -> bool:
         """Read and drop what is left of a body that nobody wants, for a short time.

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import log_refusal, render
-from app.api.security.bodies import BoundedBody
+from app.api.security.bodies import BodySpace, BoundedBody
 from app.api.security.hosts import HostRules
 from app.api.security.origins import (
     OriginRules,
@@ -43,6 +43,8 @@ class Guard:
         self._origins = OriginRules(settings.cors_origins)
         self._keys = KeyRing(settings.api_keys)
         self._rates = RateLimiter()
+        # Room for one body of the largest size there always is.
+        self._space = BodySpace(max(settings.max_bodies_bytes, settings.max_body_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -52,7 +54,11 @@ class Guard:
         self._proxies.apply(scope)
         headers = Headers(scope=scope)
         body = BoundedBody(
-            headers, receive, self._settings.max_body_bytes, self._settings.client_timeout_s
+            headers,
+            receive,
+            self._space,
+            self._settings.max_body_bytes,
+            self._settings.client_timeout_s,
         )
         allowed_origin: str | None = None
         allowance: Allowance | None = None
@@ -86,6 +92,8 @@ class Guard:
         except ServiceError as error:
             log_refusal(scope["method"], error)
             await render(error)(scope, receive, send_guarded)
+        finally:
+            body.close()
 
     def _authenticate(self, path: str, headers: Headers) -> ApiKey | None:
         """The key that was sent.
