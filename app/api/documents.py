@@ -151,7 +151,7 @@ def form_schema(
     """The text fields of a model, without null, and files beside them."""
     schema = schema_of(model)
     texts = {
-        name: _without_null(field)
+        name: _without_null(field) if name in required else _or_empty(_without_null(field))
         for name, field in schema["properties"].items()
         if name not in files and name not in without
     }
@@ -194,6 +194,14 @@ def _inline(schema: Any, parts: Mapping[str, Any]) -> Any:
     if "$ref" in schema:
         return _inline(parts[schema["$ref"].rpartition("/")[2]], parts)
     return {name: _inline(value, parts) for name, value in schema.items()}
+
+
+def _or_empty(field: Schema) -> Schema:
+    """An input that was left empty is sent as an empty text, and is an absent one."""
+    told: Schema = {name: field[name] for name in ("title", "description") if name in field}
+    rest = {name: value for name, value in field.items() if name not in told}
+    # What may be anything in JSON is text here.
+    return {**told, "anyOf": [rest, {"const": ""}]} if rest else {**told, "type": "string"}
 
 
 def _without_null(field: Schema) -> Schema:

@@ -63,6 +63,12 @@ def _repaired(path: str, body: dict[str, Any], *, is_form: bool) -> dict[str, An
         given = [name for name in names if body.get(name) is not None]
         for name in given[1:]:
             del body[name]
+    if isinstance(body.get("seed"), int):
+        # The last picture's seed, seed + n - 1, must be one, too.
+        body["seed"] = min(body["seed"], 2**53)
+    if is_form:
+        # Empty ones are absent, and so cannot be at odds with others.
+        body = {name: value for name, value in body.items() if value != "" or name == "prompt"}
     _repair_pictures(path, body, is_form=is_form)
     if path in ("/v1/generate", "/v1/jobs"):
         _repair_native(path, body)
