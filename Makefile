@@ -9,13 +9,14 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NODE_CLIENT := tests/service/openai/node
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # The libraries that the tests compare with would otherwise look for models on the network.
 test test-device test-slow: export HF_HUB_OFFLINE = 1
-.PHONY: help install serve test test-device test-slow lint format clean
+.PHONY: help install node-client serve test test-device test-slow lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +48,7 @@ format: $(INSTALLED) ## Format the code and apply the safe fixes
 
 clean: ## Remove the environment and all caches
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	rm -rf .hypothesis build dist
+	rm -rf .hypothesis .schemathesis build dist $(NODE_CLIENT)/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One call installs all, so that the constraints hold for torch, too: an open
@@ -55,7 +56,18 @@ clean: ## Remove the environment and all caches
 $(INSTALLED): pyproject.toml constraints.txt fluxcore/version.py | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
 		--constraint constraints.txt --editable '.[test,lint]'
+	@$(MAKE) --no-print-directory node-client
 	@touch $@
+
+# One test uses it, and skips itself without it: a machine without npm or its registry is fine.
+node-client: $(wildcard $(NODE_CLIENT)/package-lock.json)
+	@if [ -z "$<" ] || ! command -v npm >/dev/null; then \
+		echo "npm is missing: the test of the Node client will skip itself"; \
+	else \
+		npm ci --prefix $(NODE_CLIENT) --no-audit --no-fund --loglevel=error \
+			--fetch-retries=1 --fetch-timeout=30000 </dev/null || \
+			echo "npm failed: the test of the Node client will skip itself"; \
+	fi
 
 $(BIN)/python:
 	@for python in $(CANDIDATES); do \

@@ -4,16 +4,27 @@
     ├── InvalidRequestError       400  a value that can never work; names the field
     │   ├── MissingParameterError      a required field is absent
     │   └── UnknownParameterError      a field that does not exist
+    ├── AuthenticationError       401  no API key, or an unknown one
+    ├── OriginNotAllowedError     403  a web page of another origin
     ├── NotFoundError             404
+    │   └── ModelNotFoundError         a model's name that is not known
     ├── MethodNotAllowedError     405
     ├── NotAcceptableError        406  no format that both sides know
+    ├── BodyTimeoutError          408  the body stopped arriving
+    ├── JobCancelledError         409  the client cancelled the job itself
     ├── BodyTooLargeError         413
     ├── MediaTypeError            415
+    ├── HostNotAllowedError       421  called by a name that is not ours
+    ├── IdempotencyError          422  the key stands for another request
     ├── QueueFullError            429  with Retry-After
+    ├── RateLimitedError          429  one client asks too often; with Retry-After
     ├── ClientLeftError           499  nobody reads it; it ends the job
     ├── InternalError             500  a fault of ours, or the device's
     ├── NotReadyError             503  loading or warming up, with Retry-After
     ├── ShuttingDownError         503  with Retry-After
+    ├── TooManyBytesError         503  with Retry-After
+    ├── TooManyConnectionsError   503  with Retry-After
+    ├── StorageError              503  the data directory takes nothing
     ├── EngineDeadError           503  the worker has ended; only a restart helps
     ├── JobTimeoutError           504
     └── OutOfDeviceMemoryError    507  the same request would fail again
@@ -69,6 +80,8 @@ class ServiceError(Exception):
         self.headers = dict(headers or {})
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+            # The OpenAI SDKs honour this one first; it can say less than a second.
+            self.headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1000)))
         if self.is_retryable is not None:
             self.headers["x-should-retry"] = "true" if self.is_retryable else "false"
 
@@ -102,10 +115,28 @@ class UnknownParameterError(InvalidRequestError):
     code = "unknown_parameter"
 
 
+class AuthenticationError(ServiceError):
+    """The request names no API key, or one that is not known."""
+
+    status, type, code, is_retryable = 401, INVALID_REQUEST, "invalid_api_key", False
+
+
+class OriginNotAllowedError(ServiceError):
+    """A web page of another origin asks, and the settings do not allow it."""
+
+    status, type, code, is_retryable = 403, INVALID_REQUEST, "origin_not_allowed", False
+
+
 class NotFoundError(ServiceError):
     """No such address."""
 
     status, type, code = 404, INVALID_REQUEST, "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name is served."""
+
+    code = "model_not_found"
 
 
 class MethodNotAllowedError(ServiceError):
@@ -120,6 +151,18 @@ class NotAcceptableError(ServiceError):
     status, type, code = 406, INVALID_REQUEST, "not_acceptable"
 
 
+class BodyTimeoutError(ServiceError):
+    """The client stopped sending its body, or sends it too slowly."""
+
+    status, type, code = 408, INVALID_REQUEST, "body_timeout"
+
+
+class JobCancelledError(ServiceError):
+    """The client asked for the job's end."""
+
+    status, type, code = 409, INVALID_REQUEST, "cancelled"
+
+
 class BodyTooLargeError(ServiceError):
     """The body is larger than the settings allow."""
 
@@ -132,8 +175,30 @@ class MediaTypeError(ServiceError):
     status, type, code = 415, INVALID_REQUEST, "unsupported_media_type"
 
 
+class HostNotAllowedError(ServiceError):
+    """The Host header names a machine that this service does not answer for."""
+
+    status, type, code, is_retryable = 421, INVALID_REQUEST, "host_not_allowed", False
+
+
+class IdempotencyError(ServiceError):
+    """The Idempotency-Key of the request was given with another request before."""
+
+    status, type, code = 422, INVALID_REQUEST, "idempotency_key_reused"
+
+
 class QueueFullError(ServiceError):
-    """As many jobs wait as may."""
+    """As much waits as may. ``bound`` says which limit was met: jobs, pixels or work."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, bound: str = "jobs") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.bound = bound
+
+
+class RateLimitedError(ServiceError):
+    """One client asks more often than the settings allow it to."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -158,6 +223,24 @@ class ShuttingDownError(ServiceError):
     """The service takes no more jobs because it is ending."""
 
     status, code = 503, "shutting_down"
+
+
+class TooManyBytesError(ServiceError):
+    """The bodies of all requests together are larger than the settings allow."""
+
+    status, code = 503, "too_many_bytes"
+
+
+class TooManyConnectionsError(ServiceError):
+    """As many connections are open as may be."""
+
+    status, code = 503, "too_many_connections"
+
+
+class StorageError(ServiceError):
+    """The data directory cannot be read or written to."""
+
+    status, code = 503, "storage_failed"
 
 
 class EngineDeadError(ServiceError):

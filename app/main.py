@@ -18,11 +18,23 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import telemetry
+from app.api.drawing import Drawing
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
+from app.api.idempotency import Idempotency
+from app.api.jobs import JOBS_PATH, job_routes
+from app.api.metrics import Measured, loop_watched, metrics_routes
 from app.api.middleware import RequestContext
+from app.api.openai.models import ModelNames, model_routes
+from app.api.openai.routes import image_routes
+from app.api.picture_links import PictureLinks, link_routes
+from app.api.security.connection import bounded_protocol
+from app.api.security.document import describe_guard
+from app.api.security.exposure import exposure_warnings
+from app.api.security.guard import Guard
 from app.api.status import status_routes
-from app.engine import Engine, Loader, LoadStep, Pipeline
+from app.engine import Engine, Limits, Loader, LoadStep, Pipeline
+from app.jobs.opening import Kept, open_kept
 from app.settings import Settings, SettingsError
 from fluxcore.bundled import BUNDLED_NAME
 from fluxcore.version import __version__
@@ -30,6 +42,9 @@ from fluxcore.version import __version__
 logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 512
+# How long an idle connection stays open. Longer than clients keep one, so that none is
+# closed under a request that is just being sent.
+KEEP_ALIVE_S = 75
 # Time for the last answers to be written once no job runs, in seconds.
 LAST_ANSWERS_S = 5
 
@@ -68,20 +83,30 @@ def create_engine(settings: Settings, load: Loader) -> Engine:
     """The engine that the settings ask for; not started."""
     return Engine(
         load,
-        queue_limit=settings.queue_limit,
+        limits=Limits(
+            jobs=settings.queue_limit,
+            pixels=settings.queue_pixels,
+            work_s=settings.queue_work_s,
+            in_flight=settings.in_flight_limit,
+        ),
         warm_up_sizes=settings.warm_up_sizes_px,
         shutdown_grace_s=settings.shutdown_grace_s,
     )
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The HTTP app; starts and stops the engine with its own life."""
+def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> FastAPI:
+    """The HTTP app; starts and stops the engine, and what is kept, with its own life."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        yield
+        if kept is not None:
+            await asyncio.to_thread(kept.start)
+        async with loop_watched(engine.metrics):
+            yield
         await asyncio.to_thread(engine.stop, settings.shutdown_grace_s)
+        if kept is not None:
+            await asyncio.to_thread(kept.close)
 
     app = FastAPI(
         title="fluxd",
@@ -92,10 +117,25 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Idempotency, answers=None if kept is None else kept.answers, own_paths=(JOBS_PATH,)
+    )
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestContext)
+    # Added last, and so the outermost.
+    app.add_middleware(Measured, metrics=engine.metrics)
     install_error_handlers(app)
-    app.include_router(generate_routes(engine, settings))
+    drawing = Drawing(engine, settings)
+    links = PictureLinks(settings.picture_link_bytes, settings.picture_link_lifetime_s)
+    names = ModelNames(engine, settings)
+    app.include_router(generate_routes(drawing))
+    app.include_router(image_routes(drawing, links, names))
+    app.include_router(model_routes(names))
+    app.include_router(link_routes(links))
+    app.include_router(job_routes(drawing, kept))
     app.include_router(status_routes(engine, settings))
+    app.include_router(metrics_routes(engine, engine.metrics, kept))
+    describe_guard(app, settings)
     return app
 
 
@@ -106,9 +146,12 @@ class Server(uvicorn.Server):
     after an orderly end: here SIGTERM ends in exit status 0.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, kept: Kept | None, grace_s: float
+    ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._kept = kept
         self._grace_s = grace_s
         self.is_engine_stopped = False
 
@@ -130,22 +173,32 @@ class Server(uvicorn.Server):
         """Stop the engine while requests are still answered, then close."""
         logger.info("shutting down")
         self.is_engine_stopped = await asyncio.to_thread(self._engine.stop, self._grace_s)
+        if self._kept is not None:
+            # Lets go of those who watch jobs, whose connections would be waited for.
+            await asyncio.to_thread(self._kept.jobs.close)
         await super().shutdown(sockets)
 
 
 def create_server(settings: Settings, engine: Engine) -> Server:
-    """The server of the app, not yet running; ``run`` takes the sockets to listen on."""
+    """The server of the app, not yet running; ``run`` takes the sockets to listen on.
+
+    Raises:
+        SettingsError: the data directory cannot be used.
+    """
+    kept = open_kept(settings, engine)
     config = uvicorn.Config(
-        create_app(settings, engine),
+        create_app(settings, engine, kept),
+        http=bounded_protocol(settings),
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
         ws="none",
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    return Server(config, engine, settings.shutdown_grace_s)
+    return Server(config, engine, kept, settings.shutdown_grace_s)
 
 
 def serve(settings: Settings, engine: Engine) -> int:
@@ -155,14 +208,10 @@ def serve(settings: Settings, engine: Engine) -> int:
         The process's exit status: 0 after an orderly end.
 
     Raises:
-        SettingsError: it cannot listen on the address.
+        SettingsError: it cannot listen on the address, or use the data directory.
     """
-    if not settings.is_loopback:
-        logger.warning(
-            "listening on %s: everyone who can reach this machine's network address can use "
-            "this service; set host to 127.0.0.1 unless that is meant",
-            settings.host,
-        )
+    for warning in exposure_warnings(settings):
+        logger.warning(warning)
     listener = listen(settings.host, settings.port)
     server = create_server(settings, engine)
 
@@ -198,7 +247,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket, before anything slow is started."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        # Connections inherit it; asyncio sets it only on those whose listener it made itself.
+        # Without it an answer's body waits 40 ms for its head to be acknowledged.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; "

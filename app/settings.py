@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from platformdirs import user_data_path
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
+from app.keys import ApiKey
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_REFERENCES, check_side
 
@@ -31,6 +33,8 @@ PILLOW_PIXEL_LIMIT = 89_478_485
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_HOST_RULE = re.compile(r"\*|(\*\.)?[a-z0-9]([a-z0-9_.-]{0,251}[a-z0-9])?")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 # A value and where it came from, by the setting's name.
 _Found = dict[str, tuple[Any, str]]
 
@@ -72,15 +76,62 @@ class Settings(BaseModel):
         default="info",
         description="Least level that is logged. Prompts are logged at debug only.",
     )
-    log_format: Literal["auto", "human", "plain"] = Field(
+    log_format: Literal["auto", "human", "plain", "json"] = Field(
         default="auto",
-        description="human: short, coloured; plain: full timestamps; auto: human on a terminal.",
+        description="human: coloured; plain: full; json: for programs; auto: by the terminal.",
+    )
+    api_keys: tuple[str, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="Who may use the service: NAME:HASH or NAME:HASH:PER_MINUTE, as "
+        "'fluxd hash-key NAME' prints. Empty: everyone.",
+    )
+    rate_limit_per_minute: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="POST requests that one client (key, or address) may make a minute; 0: any.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names, beside localhost and addresses, that the service is called by: "
+        "NAME, *.DOMAIN or *.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Web pages of other origins that may use the service, such as "
+        "https://app.example; *: all.",
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Addresses or networks of proxies whose X-Forwarded headers are believed.",
     )
     queue_limit: int = Field(
         default=32,
         ge=1,
-        le=10_000,
+        le=1_000,
         description="Jobs that may wait. One more is refused with 429 and Retry-After.",
+    )
+    queue_pixels: int = Field(
+        default=256_000_000,
+        ge=64 * 64,
+        description="Pixels that waiting jobs may draw and hold together; above it, 429.",
+    )
+    queue_work_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Estimated seconds of work that may be accepted at a time; above it, 429.",
+    )
+    in_flight_limit: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="Jobs that may have begun at a time; short ones pass long ones step by step.",
     )
     default_width: int | None = Field(
         default=None,
@@ -96,6 +147,29 @@ class Settings(BaseModel):
         ge=1024,
         description="Largest request body; a larger one is refused with 413. Takes 64MiB, too.",
     )
+    max_bodies_bytes: ByteSize = Field(
+        default=ByteSize(512 * 2**20),
+        ge=1024,
+        description="Bytes of all bodies above 64 KiB whose requests are being answered; then 503.",
+    )
+    client_timeout_s: float = Field(
+        default=20.0,
+        gt=0,
+        le=3_600,
+        allow_inf_nan=False,
+        description="A client that neither sends on nor reads on for so long is given up.",
+    )
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        le=100_000,
+        description="Connections that may be open at a time; more are answered with 503.",
+    )
+    max_image_bytes: ByteSize = Field(
+        default=ByteSize(50 * 2**20),
+        ge=1024,
+        description="Largest file of one input picture.",
+    )
     max_image_pixels: int = Field(
         default=25_000_000,
         ge=64 * 64,
@@ -107,6 +181,27 @@ class Settings(BaseModel):
         ge=0,
         le=MAX_REFERENCES,
         description="Most reference pictures in one request; 0 refuses them all.",
+    )
+    remote_images: bool = Field(
+        default=False,
+        description="Whether input pictures may be given as http(s) addresses, which are fetched.",
+    )
+    remote_image_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Hosts that such addresses may name: NAME or *.DOMAIN. Empty: all public ones.",
+    )
+    remote_image_networks: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Private addresses or networks that such hosts may have. Empty: none.",
+    )
+    remote_image_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        allow_inf_nan=False,
+        description="How long fetching one such picture may take in all.",
     )
     conditioning_cache_bytes: ByteSize = Field(
         default=ByteSize(256 * 2**20),
@@ -126,12 +221,78 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         description="A request that has not finished after so long is cancelled, with 504.",
     )
+    model_aliases: tuple[str, ...] = Field(
+        default=("dall-e-2", "dall-e-3", "gpt-image-1"),
+        max_length=32,
+        description="Names besides its own under which GET /v1/models lists the model.",
+    )
+    strict_model_names: bool = Field(
+        default=False,
+        description="Refuse names of models that GET /v1/models does not list.",
+    )
+    picture_link_lifetime_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=604_800,
+        allow_inf_nan=False,
+        description="How long the address of a picture works, where one was asked for.",
+    )
+    picture_link_bytes: ByteSize = Field(
+        default=ByteSize(256 * 2**20),
+        ge=0,
+        description="Memory for pictures with an address; the oldest are dropped first.",
+    )
     shutdown_grace_s: float = Field(
         default=30.0,
         ge=0,
         le=3_600,
         allow_inf_nan=False,
         description="How long a running job may go on after SIGTERM.",
+    )
+
+    data_dir: str = Field(
+        default="auto",
+        min_length=1,
+        description="Where accepted jobs are kept: a directory, auto (the user's own) or off.",
+    )
+    job_limit: int = Field(
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="Accepted jobs that may be unfinished. One more is refused with 429.",
+    )
+    job_retention_s: float = Field(
+        default=7 * 86_400.0,
+        ge=0,
+        le=3650 * 86_400.0,
+        allow_inf_nan=False,
+        description="How long a finished job and its pictures are kept.",
+    )
+    job_storage_bytes: ByteSize = Field(
+        default=ByteSize(2 * 2**30),
+        ge=2**20,
+        description="Disk space for jobs' pictures; the oldest finished job is removed first.",
+    )
+    idempotency_retention_s: float = Field(
+        default=86_400.0,
+        gt=0,
+        le=3650 * 86_400.0,
+        allow_inf_nan=False,
+        description="How long the answer to a request with an Idempotency-Key is kept.",
+    )
+    webhook_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Hosts that may be told of a job's end: NAME or *.DOMAIN. Empty: none.",
+    )
+    webhook_networks: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Private addresses or networks that such hosts may have. Empty: none.",
+    )
+    webhook_secret_file: Path | None = Field(
+        default=None,
+        description="File with the secret that webhooks are signed with: whsec_ and base64.",
     )
 
     @field_validator("device")
@@ -146,9 +307,19 @@ class Settings(BaseModel):
     def _check_side(cls, value: int | None) -> int | None:
         return None if value is None else _checked_side("the default size", value)
 
-    @field_validator("warm_up_sizes", mode="before")
+    @field_validator(
+        "warm_up_sizes",
+        "api_keys",
+        "allowed_hosts",
+        "cors_origins",
+        "trusted_proxies",
+        "model_aliases",
+        "webhook_hosts",
+        "webhook_networks",
+        mode="before",
+    )
     @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
@@ -160,6 +331,52 @@ class Settings(BaseModel):
             parse_size(size)
         return value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [ApiKey.parse(entry).name for entry in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two keys are named {name!r}; give each its own name")
+        return value
+
+    @field_validator("allowed_hosts", "remote_image_hosts", "webhook_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        lowered = tuple(rule.lower() for rule in value)
+        for rule in lowered:
+            if _HOST_RULE.fullmatch(rule) is None:
+                raise ValueError(f"a host is NAME, *.DOMAIN or *, without a port; got {rule!r}")
+        return lowered
+
+    @field_validator("webhook_hosts")
+    @classmethod
+    def _check_webhook_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError("name the hosts that may be told, NAME or *.DOMAIN; got '*'")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        lowered = tuple(origin.lower() for origin in value)
+        for origin in lowered:
+            if _ORIGIN.fullmatch(origin) is None:
+                raise ValueError(f"an origin is scheme://host[:port]; got {origin!r}")
+        return lowered
+
+    @field_validator("trusted_proxies", "remote_image_networks", "webhook_networks")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(
+                    f"a network is ADDRESS or ADDRESS/BITS, such as 10.0.0.0/8; got {network!r}"
+                ) from None
+        return value
+
     @property
     def is_loopback(self) -> bool:
         """Whether only programs on this machine can reach the service."""
@@ -169,6 +386,17 @@ class Settings(BaseModel):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def data_path(self) -> Path | None:
+        """The directory for accepted jobs; None where none are taken."""
+        match self.data_dir:
+            case "off":
+                return None
+            case "auto":
+                # Two services of one user do not share their jobs.
+                return user_data_path("fluxd", appauthor=False) / f"port-{self.port}"
+        return Path(self.data_dir).expanduser()
 
     @property
     def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...] | None:
@@ -212,6 +440,8 @@ def toml_value(value: Any) -> str:
     """A setting's value in TOML's notation."""
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value if isinstance(value, float) else int(value))
     return json.dumps(str(value), ensure_ascii=False)

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from app import telemetry
 from app.errors import (
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 # Names that differ between fluxcore's parameters and the request's fields.
 _FIELD_OF = {"references": "images"}
 _SHOWN_CHARS = 80
-_PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "mask"})
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "image", "mask"})
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -54,6 +56,23 @@ def install_error_handlers(app: FastAPI) -> None:
 def render(error: ServiceError) -> JSONResponse:
     """The answer for an error."""
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def log_refusal(method: str, error: ServiceError) -> None:
+    """The line of a request that is answered with an error."""
+    # Refusals that an operator can do something about; the rest is the client's business.
+    is_for_operators = error.status in (401, 403, 421, 429, 503)
+    telemetry.log_event(
+        logger,
+        logging.INFO if is_for_operators else logging.DEBUG,
+        "refused",
+        {
+            "method": method,
+            "status": error.status,
+            "code": error.code,
+            "param": error.param,
+        },
+    )
 
 
 def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ServiceError:
@@ -85,17 +104,7 @@ def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -
 
 def _handle(request: Request, error: Exception) -> JSONResponse:
     known = _as_known(request, error)
-    line = telemetry.fields_line(
-        "refused",
-        {
-            "method": request.method,
-            "status": known.status,
-            "code": known.code,
-            "param": known.param,
-        },
-    )
-    # Refusals that an operator can do something about; the rest is the client's business.
-    logger.log(logging.INFO if known.status in (429, 503) else logging.DEBUG, line)
+    log_refusal(request.method, known)
     return render(known)
 
 
@@ -118,9 +127,9 @@ def _from_http(request: Request, error: HTTPException) -> ServiceError:
     if error.status_code == 404:
         return NotFoundError(f"there is nothing at {path}; GET / lists what there is")
     if error.status_code == 405:
-        allowed = headers.get("Allow", "another method")
+        allowed = ", ".join(_allowed_methods(request)) or headers.get("Allow", "")
         return MethodNotAllowedError(
-            f"{request.method} does not work on {path}; use {allowed}", headers=headers
+            f"{request.method} does not work on {path}; use {allowed}", headers={"Allow": allowed}
         )
     if error.status_code >= 500:
         known: ServiceError = InternalError("the request failed", headers=headers)
@@ -128,6 +137,18 @@ def _from_http(request: Request, error: HTTPException) -> ServiceError:
         known = InvalidRequestError(str(error.detail), headers=headers)
     known.status = error.status_code
     return known
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """What works on the address; the framework tells of the first route that has it only."""
+    routes = request.app.routes
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
+        )
+    ]
 
 
 def _param(path: Sequence[Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Pictures inside a JSON body: base64 or data URLs to PIL.
+"""Pictures of a request: files, base64 or data URLs to PIL.
 
 Owns the transport encoding and which field an error names; the bytes themselves
 are judged by ``app.engine.pictures``.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from app.api.bodies import Source
 from app.engine.pictures import PictureError, read_mask, read_picture
 from app.errors import InvalidRequestError
 from fluxcore.fitting import limit_area
@@ -31,30 +32,52 @@ class InputPictures:
     mask: Image.Image | None
 
 
-def decode_pictures(references: Sequence[str], mask: str | None, max_pixels: int) -> InputPictures:
+@dataclass(frozen=True, slots=True)
+class PictureLimits:
+    """What one picture may have: bytes of its file, and pixels."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+def decode_pictures(
+    references: Sequence[Source],
+    mask: Source | None,
+    limits: PictureLimits,
+    name: str = "images",
+) -> InputPictures:
     """Decode all pictures of a request. Slow: call it off the event loop.
+
+    Args:
+        name: what the request calls its references; ``{name}[1]`` is the second.
 
     Raises:
         InvalidRequestError: naming the picture that cannot be used.
     """
     pictures = []
-    for i, text in enumerate(references):
-        picture = _decode(f"images[{i}]", text, max_pixels, read_picture)
+    for i, source in enumerate(references):
+        picture = _decode(f"{name}[{i}]", source, limits, read_picture)
         # A waiting job holds no more pixels than the model will see. The one under a mask
         # keeps its size, which the mask's must equal.
         painted = i == 0 and mask is not None
         pictures.append(picture if painted else limit_area(picture))
     return InputPictures(
         references=tuple(pictures),
-        mask=None if mask is None else _decode("mask", mask, max_pixels, read_mask),
+        mask=None if mask is None else _decode("mask", mask, limits, read_mask),
     )
 
 
 def _decode(
-    param: str, text: str, max_pixels: int, read: Callable[[bytes, int], Image.Image]
+    param: str,
+    source: Source,
+    limits: PictureLimits,
+    read: Callable[[bytes, int], Image.Image],
 ) -> Image.Image:
     try:
-        return read(_from_base64(text), max_pixels)
+        data = source if isinstance(source, bytes) else _from_base64(source)
+        if len(data) > limits.max_bytes:
+            raise PictureError(f"has {len(data)} bytes; at most {limits.max_bytes} are allowed")
+        return read(data, limits.max_pixels)
     except PictureError as error:
         raise InvalidRequestError(f"{param} {error}", param=param) from None
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from app.api.bodies import JSON_TYPE
 from app.engine.packing import PictureFormat
 from app.errors import NotAcceptableError
 
-JSON_TYPE = "application/json"
 DEFAULT_FORMAT: PictureFormat = "png"
 FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 

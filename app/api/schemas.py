@@ -1,26 +1,66 @@
 """The bodies of ``/v1/generate``: what is asked, what is answered.
 
 Checks types and names only; ranges are checked once, by ``GenerationParams``.
-Nothing is converted: a number written as text is refused.
+Nothing is converted in JSON: a number written as text is refused.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-from typing import Annotated, Any
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import anyio.to_thread
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
+from app.api.bodies import SMALL_BODY_BYTES, Form, Whole, is_form, parse_fields, read_form
+from app.api.documents import (
+    FILE_SCHEMA,
+    FILES_SCHEMA,
+    PICTURE_SCHEMA,
+    RATIO_PATTERN,
+    SIDE_SCHEMA,
+    SIZE_PATTERN,
+    TEXT_SCHEMA,
+    Schema,
+    form_schema,
+    json_or_form_body,
+    with_maximum,
+)
 from app.api.errors import from_problems
 from app.api.input_pictures import InputPictures
-from app.engine import JobOutcome, PictureFormat
+from app.engine import JobOptions, JobOutcome, PictureFormat, Priority
 from app.engine.packing import DEFAULT_QUALITY, Packing
-from app.settings import Settings
-from fluxcore.params import GenerationParams, Schedule
+from app.errors import InvalidRequestError
+from app.settings import Settings, parse_size
+from fluxcore.params import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_POWER_ALPHA,
+    MAX_PROMPT_CHARS,
+    MAX_REFERENCES,
+    MAX_SEED,
+    MAX_SIDE_PX,
+    MAX_STEPS,
+    MIN_SIDE_PX,
+    SIZE_MULTIPLE,
+    GenerationParams,
+    Schedule,
+)
 
+MAX_PREVIEWS = 10
+MAX_MEGAPIXELS = MAX_SIDE_PX**2 / 1e6
+_RATIO = re.compile(RATIO_PATTERN)
 LOSSLESS: frozenset[PictureFormat] = frozenset({"png"})
+
+
+# In JSON always text. A form's pictures are put in as the bytes that they came as.
+_Picture = Annotated[str, WithJsonSchema(PICTURE_SCHEMA)]
 
 
 class GenerateRequest(BaseModel):
@@ -28,45 +68,108 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    prompt: str = Field(description="What to draw; at most 32000 characters.")
-    negative_prompt: str | None = Field(
-        None, description="What to steer away from; has an effect on base models only."
+    prompt: str = Field(
+        json_schema_extra=TEXT_SCHEMA, description="What to draw; at most 32000 characters."
     )
-    width: int | None = Field(
+    negative_prompt: str | None = Field(
         None,
+        json_schema_extra={"maxLength": MAX_PROMPT_CHARS},
+        description="What to steer away from; has an effect on base models only.",
+    )
+    width: Whole | None = Field(
+        None,
+        json_schema_extra=SIDE_SCHEMA,
         description="Pixels; a multiple of 16 from 64 to 2048. Default: a setting, else the "
         "model's own.",
     )
-    height: int | None = Field(None, description="Pixels, as width.")
-    steps: int | None = Field(None, description="1 to 200. Default: the model's.")
+    height: Whole | None = Field(
+        None, json_schema_extra=SIDE_SCHEMA, description="Pixels, as width."
+    )
+    size: str | None = Field(
+        None,
+        json_schema_extra={"pattern": SIZE_PATTERN},
+        description="Instead of width and height: WIDTHxHEIGHT, or auto for the default.",
+    )
+    aspect_ratio: str | None = Field(
+        None,
+        json_schema_extra={"pattern": RATIO_PATTERN},
+        description="Instead of width and height: WIDTH:HEIGHT, such as 16:9.",
+    )
+    megapixels: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None,
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": MAX_MEGAPIXELS},
+        description="With aspect_ratio: the area in millions of pixels. Default: the default "
+        "size's. Sides are rounded to multiples of 16.",
+    )
+    steps: Whole | None = Field(
+        None,
+        json_schema_extra={"minimum": 1, "maximum": MAX_STEPS},
+        description="1 to 200. Default: the model's.",
+    )
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="0 to 30; has an effect on base models only."
+        None,
+        json_schema_extra={"minimum": 0, "maximum": MAX_GUIDANCE},
+        description="0 to 30; has an effect on base models only.",
     )
-    seed: int | None = Field(
-        None, description="0 to 2**63 - 1; picture i uses seed + i. Default: random."
+    seed: Whole | None = Field(
+        None,
+        json_schema_extra={"minimum": 0, "maximum": MAX_SEED},
+        description="0 to 2**63 - 1; picture i uses seed + i. Default: random.",
     )
-    n: int | None = Field(None, description="Number of pictures, 1 to 10. Default: 1.")
+    n: Whole | None = Field(
+        None,
+        json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES},
+        description="Number of pictures, 1 to 10. Default: 1.",
+    )
     schedule: Schedule | None = Field(None, description="Default: flux, the reference's.")
     power_alpha: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="Exponent of the power schedule, above 0 to 10. Default: 2."
+        None,
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": MAX_POWER_ALPHA},
+        description="Exponent of the power schedule, above 0 to 10. Default: 2.",
     )
-    images: Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="Up to 10 reference pictures: PNG, JPEG or WebP as base64 or data URL."
+    images: Annotated[list[_Picture], Field(fail_fast=True)] | None = Field(
+        None,
+        json_schema_extra={"maxItems": MAX_REFERENCES},
+        description="Up to 10 reference pictures: PNG, JPEG or WebP as base64 or data URL.",
     )
-    mask: str | None = Field(
+    mask: _Picture | None = Field(
         None,
         description="Inpainting on the first reference: transparent (or, without "
         "transparency, white) parts are drawn again.",
     )
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="Inpainting only: share of the schedule that is run, above 0 to 1."
+        None,
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+        description="Inpainting only: share of the schedule that is run, above 0 to 1.",
     )
     output_format: PictureFormat | None = Field(
         None, description="Default: what Accept asks for, else png."
     )
-    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        None, description="Of jpeg and webp. Default: 90."
+    quality: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
+        None,
+        json_schema_extra={"minimum": 1, "maximum": 100},
+        description="Of jpeg and webp. Default: 90.",
     )
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events, whatever Accept says."
+    )
+    previews: Whole | None = Field(
+        None,
+        json_schema_extra={"minimum": 0, "maximum": MAX_PREVIEWS},
+        description="With stream: pictures of what is coming, per image at most. Default: 0.",
+    )
+    priority: Literal["interactive", "normal", "batch"] | None = Field(
+        None, description="Who goes first when jobs wait. Default: normal."
+    )
+    timeout_s: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None,
+        json_schema_extra={"exclusiveMinimum": 0},
+        description="Seconds after which the job is cancelled, if it is not done. "
+        "For /v1/generate, the default and the most is the setting request_timeout_s.",
+    )
+
+
+Asked = TypeVar("Asked", bound=GenerateRequest)
 
 
 class GeneratedPicture(BaseModel):
@@ -107,21 +210,21 @@ class GenerateResponse(BaseModel):
     warnings: list[str]
 
 
-def parse_generate(body: bytes) -> GenerateRequest:
+def parse_generate(body: bytes, model: type[Asked]) -> Asked:
     """A request body, checked.
 
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
-    _check_names(body)
+    _check_names(body, model.model_fields)
     try:
-        return GenerateRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        raise from_problems(problems, GenerateRequest.model_fields) from None
+        raise from_problems(problems, model.model_fields) from None
 
 
-def _check_names(body: bytes) -> None:
+def _check_names(body: bytes, known: Mapping[str, Any]) -> None:
     """Refuse the first unknown name; pydantic would make an error for each of a million.
 
     What is no JSON object is left to pydantic, which says so.
@@ -130,25 +233,68 @@ def _check_names(body: bytes) -> None:
         given = from_json(body)
     except ValueError:
         return
-    known = GenerateRequest.model_fields
     if not isinstance(given, dict) or given.keys() <= known.keys():
         return
     name = next(name for name in given if name not in known)
     raise from_problems([{"type": "extra_forbidden", "loc": (name,)}], known)
 
 
-def plain_params(asked: GenerateRequest, settings: Settings) -> GenerationParams:
-    """All but the pictures, so that a wrong value is found before they are decoded.
+async def read_generate(request: Request, settings: Settings, model: type[Asked]) -> Asked:
+    """The request, from JSON or from a form with files.
 
     Raises:
-        InvalidParamsError: naming the field.
+        MediaTypeError: the body is neither.
+        InvalidRequestError: naming the first field that is wrong.
+    """
+    if is_form(request):
+        return from_form(await read_form(request, settings.max_body_bytes), model)
+    body = await request.body()
+    if len(body) <= SMALL_BODY_BYTES:
+        return parse_generate(body, model)
+    return await anyio.to_thread.run_sync(parse_generate, body, model)
+
+
+def generate_body(model: type[GenerateRequest], longest_s: float) -> Schema:
+    """The body for the OpenAPI document: JSON or a form.
+
+    Args:
+        longest_s: the most that ``timeout_s`` may be.
+    """
+    files = {"image": FILES_SCHEMA, "mask": FILE_SCHEMA}
+    form = form_schema(model, files, required=("prompt",), without=("images",))
+    return with_maximum(json_or_form_body(model, form), "timeout_s", longest_s)
+
+
+def from_form(form: Form, model: type[Asked]) -> Asked:
+    """A form as a request; its files stand in ``images`` and ``mask`` as bytes.
+
+    Raises:
+        InvalidRequestError: naming the first field that is wrong.
+    """
+    known = [name for name in model.model_fields if name != "images"]
+    for name in (*form.unknown_files, *form.fields):
+        if name not in known:
+            raise from_problems([{"type": "extra_forbidden", "loc": (name,)}], ["image", *known])
+    asked = parse_fields(form, model)
+    return asked.model_copy(update={"images": form.references or None, "mask": form.mask})
+
+
+def plain_params(
+    asked: GenerateRequest, settings: Settings, own_side_px: Callable[[], int]
+) -> GenerationParams:
+    """All but the pictures, so that a wrong value is found before they are decoded.
+
+    Args:
+        own_side_px: tells the loaded model's default width and height.
+
+    Raises:
+        InvalidRequestError, InvalidParamsError: naming the field.
+        ServiceError: what is asked depends on a model that is not loaded.
     """
     given: dict[str, Any] = {
         name: value
         for name in (
             "negative_prompt",
-            "width",
-            "height",
             "steps",
             "guidance",
             "seed",
@@ -158,9 +304,110 @@ def plain_params(asked: GenerateRequest, settings: Settings) -> GenerationParams
         )
         if (value := getattr(asked, name)) is not None
     }
+    given |= _sides(asked, settings, own_side_px)
     if not asked.images:
         given = {"width": settings.default_width, "height": settings.default_height, **given}
     return GenerationParams(prompt=asked.prompt, **given)
+
+
+def options_of(asked: GenerateRequest, longest_s: float) -> JobOptions:
+    """How the job is to be treated.
+
+    Args:
+        longest_s: the most that ``timeout_s`` may be.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    previews = asked.previews or 0
+    if not 0 <= previews <= MAX_PREVIEWS:
+        raise InvalidRequestError(
+            f"previews must be from 0 to {MAX_PREVIEWS}; got {previews}", param="previews"
+        )
+    if asked.timeout_s is not None and not 0 < asked.timeout_s <= longest_s:
+        raise InvalidRequestError(
+            f"timeout_s must be above 0 to {longest_s:g}; got {asked.timeout_s:g}",
+            param="timeout_s",
+        )
+    return JobOptions(
+        previews=previews,
+        priority=Priority(asked.priority or Priority.NORMAL),
+        deadline_s=asked.timeout_s,
+    )
+
+
+def _sides(
+    asked: GenerateRequest, settings: Settings, own_side_px: Callable[[], int]
+) -> dict[str, int]:
+    """Width and height, whichever way they are given; in pixels."""
+    ways = {
+        "width": asked.width,
+        "height": asked.height,
+        "size": asked.size,
+        "aspect_ratio": asked.aspect_ratio,
+    }
+    given = {name: value for name, value in ways.items() if value is not None}
+    if asked.megapixels is not None and asked.aspect_ratio is None:
+        raise InvalidRequestError("megapixels needs aspect_ratio beside it", param="megapixels")
+    if len(given) > 1 and not given.keys() <= {"width", "height"}:
+        first, second = list(given)[-2:]
+        raise InvalidRequestError(
+            f"{second} does not go with {first}: give width and height, size, or aspect_ratio",
+            param=second,
+        )
+    if asked.size is not None:
+        return _from_size(asked.size)
+    if asked.aspect_ratio is not None:
+        return _from_ratio(asked.aspect_ratio, asked.megapixels, settings, own_side_px)
+    return {
+        name: value for name in ("width", "height") if (value := getattr(asked, name)) is not None
+    }
+
+
+def _from_size(size: str) -> dict[str, int]:
+    if size == "auto":
+        return {}
+    try:
+        width, height = parse_size(size)
+    except ValueError as error:
+        raise InvalidRequestError(f"size: {error}", param="size") from None
+    return {"width": width, "height": height}
+
+
+def _from_ratio(
+    ratio: str, megapixels: float | None, settings: Settings, own_side_px: Callable[[], int]
+) -> dict[str, int]:
+    """The multiples of 16 nearest to a shape and an area."""
+    match = _RATIO.fullmatch(ratio)
+    if match is None or not float(match[1]) or not float(match[2]):
+        raise InvalidRequestError(
+            f"aspect_ratio is written WIDTH:HEIGHT, such as 16:9; got {ratio!r:.60}",
+            param="aspect_ratio",
+        )
+    if megapixels is not None and not 0 < megapixels <= MAX_MEGAPIXELS:
+        raise InvalidRequestError(
+            f"megapixels must be above 0 to {MAX_MEGAPIXELS:g}; got {megapixels:g}",
+            param="megapixels",
+        )
+    if megapixels is not None:
+        area = megapixels * 1e6
+    else:
+        area = float(
+            (settings.default_width or own_side_px()) * (settings.default_height or own_side_px())
+        )
+    width = math.sqrt(area * float(match[1]) / float(match[2]))
+    sides = {"width": _rounded(width), "height": _rounded(area / width)}
+    if not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX for side in sides.values()):
+        raise InvalidRequestError(
+            f"aspect_ratio {ratio} of {area / 1e6:.3g} megapixels is {sides['width']}x"
+            f"{sides['height']}; each side must be from {MIN_SIDE_PX} to {MAX_SIDE_PX}",
+            param="aspect_ratio",
+        )
+    return sides
+
+
+def _rounded(side: float) -> int:
+    return round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
 def with_pictures(
@@ -169,9 +416,15 @@ def with_pictures(
     """The whole request.
 
     Raises:
-        InvalidParamsError: naming the field.
+        InvalidRequestError, InvalidParamsError: naming the field.
     """
     strength = 1.0 if asked.strength is None else asked.strength
+    sized_by = next((name for name in ("size", "aspect_ratio") if getattr(asked, name)), None)
+    if pictures.mask is not None and sized_by is not None and params.width is not None:
+        raise InvalidRequestError(
+            f"{sized_by} does not go with a mask: the picture keeps the size of the first image",
+            param=sized_by,
+        )
     return dataclasses.replace(
         params, references=pictures.references, mask=pictures.mask, strength=strength
     )
@@ -186,23 +439,30 @@ def packing_of(asked: GenerateRequest, picture_format: PictureFormat) -> Packing
 def all_warnings(
     outcome: JobOutcome, asked: GenerateRequest, picture_format: PictureFormat
 ) -> list[str]:
-    """The model's warnings and those about the file format."""
-    warnings = list(outcome.warnings)
-    if asked.quality is not None and picture_format in LOSSLESS:
-        warnings.append(f"quality has no effect on {picture_format}, which is lossless")
+    """The model's warnings and those about fields that had no effect."""
+    warnings = [*outcome.warnings, *packing_warnings(asked, picture_format)]
+    if asked.previews and not asked.stream:
+        warnings.append("previews has no effect without stream")
     return warnings
 
 
-def response_json(
+def packing_warnings(asked: GenerateRequest, picture_format: PictureFormat) -> list[str]:
+    """What was asked for and has no effect on the file."""
+    if asked.quality is None or picture_format not in LOSSLESS:
+        return []
+    return [f"quality has no effect on {picture_format}, which is lossless"]
+
+
+def response_of(
     outcome: JobOutcome,
     params: GenerationParams,
     warnings: list[str],
     request_id: str,
     created_s: int,
-) -> bytes:
-    """The answer's body. Slow for many large pictures: call it off the event loop."""
+) -> GenerateResponse:
+    """The answer. Slow for many large pictures, as is writing it: call it off the event loop."""
     resolved = outcome.resolved
-    answer = GenerateResponse(
+    return GenerateResponse(
         id=request_id,
         created=created_s,
         model=outcome.model,
@@ -232,4 +492,3 @@ def response_json(
         cache_hit=outcome.cache_hit,
         warnings=warnings,
     )
-    return answer.model_dump_json().encode()

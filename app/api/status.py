@@ -19,8 +19,21 @@ from fluxcore.version import __version__
 
 ROUTES = {
     "POST /v1/generate": "draw pictures; JSON in, JSON or picture bytes out",
+    "POST /v1/images/generations": "the same for clients of OpenAI's images API",
+    "POST /v1/images/edits": "draw from pictures, or draw a masked part again",
+    "POST /v1/images/variations": "draw pictures that are like one",
+    "POST /v1/jobs": "accept a job that is drawn later and outlives a restart",
+    "GET /v1/jobs": "your jobs, the newest first",
+    "GET /v1/jobs/{job_id}": "how a job stands, and what came of it",
+    "GET /v1/jobs/{job_id}/events": "the same as it happens, as server-sent events",
+    "GET /v1/jobs/{job_id}/images/{name}": "a picture of a completed job",
+    "DELETE /v1/jobs/{job_id}": "cancel a job; ?forget=true removes what is kept of it, too",
+    "GET /files/{name}": "a picture that was asked for as an address",
+    "GET /v1/models": "the names under which the model is served",
+    "GET /v1/models/{id}": "one of them",
     "GET /health": "whether the process works; 503 when it must be restarted",
     "GET /ready": "whether jobs are taken; 503 until the model is loaded and warm",
+    "GET /metrics": "counters and times for Prometheus",
     "GET /openapi.json": "the description of all routes for programs",
 }
 

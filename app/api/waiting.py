@@ -28,11 +28,8 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         if answer.done():
             return answer.result()
         if left.done():
-            raise ClientLeftError("the client closed the connection before the job was done")
-        raise JobTimeoutError(
-            f"the job was not done after {timeout_s:g} s and has been cancelled; "
-            "ask for a smaller size, fewer steps or fewer pictures"
-        )
+            raise left_error()
+        raise timeout_error(timeout_s)
     except (ClientLeftError, JobTimeoutError) as reason:
         if not job.is_settled:
             engine.cancel(job, reason)
@@ -45,6 +42,19 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         answer.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await left
+
+
+def left_error() -> ClientLeftError:
+    """Why a job ends that nobody waits for any more."""
+    return ClientLeftError("the client closed the connection before the job was done")
+
+
+def timeout_error(timeout_s: float) -> JobTimeoutError:
+    """Why a job ends that took too long."""
+    return JobTimeoutError(
+        f"the job was not done after {timeout_s:g} s and has been cancelled; "
+        "ask for a smaller size, fewer steps or fewer pictures"
+    )
 
 
 async def _client_left(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``fluxd serve | generate | settings | random-checkpoint``.
+"""The command line: ``fluxd serve | generate | settings | hash-key | random-checkpoint``.
 
 Wiring only. Everything heavy is imported inside the commands, so that help and
 usage errors come at once. Exit status: 0 done, 2 wrong usage or parameters, 1 any
@@ -222,6 +222,37 @@ def random_checkpoint(
                 directory, preset, seed=seed, is_distilled=not base, progress=progress
             )
         typer.echo(path)
+
+
+@cli.command("hash-key")
+def hash_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; stands in logs.")],
+    from_stdin: Annotated[
+        bool,
+        typer.Option("--stdin", help="Read a key that you have from standard input, make none."),
+    ] = False,
+    per_minute: Annotated[
+        int | None,
+        typer.Option("--per-minute", min=0, metavar="N", help="This key's own rate limit."),
+    ] = None,
+) -> None:
+    """Make an API key, and the line with its hash for the settings."""
+    with plain_errors():
+        import sys
+
+        from app.keys import ApiKey, check_key, digest_of, new_key
+
+        key = sys.stdin.readline().strip() if from_stdin else new_key()
+        try:
+            check_key(key)
+            entry = ApiKey(name, digest_of(key), per_minute).entry
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if not from_stdin:
+            typer.echo("The key, shown this once; give it to the client:", err=True)
+            typer.echo(key)
+        typer.echo("Its hash, for the settings:", err=True)
+        typer.echo(f'api_keys = ["{entry}"]')
 
 
 @contextmanager

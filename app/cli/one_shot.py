@@ -63,8 +63,8 @@ def draw(wanted: Wanted, settings: Settings) -> None:
     result = _run(pipeline, params)
     pack_started_s = time.monotonic()
     packed = [
-        pack_picture(image, packing, provenance(params, result, index, pipeline.info.name))
-        for index, image in enumerate(result.images)
+        pack_picture(image, packing, provenance(params, result.params, seed, pipeline.info.name))
+        for image, seed in zip(result.images, result.seeds, strict=True)
     ]
     pack_ms = (time.monotonic() - pack_started_s) * 1000
     for path, picture in zip(_paths(wanted.output, params.n), packed, strict=True):

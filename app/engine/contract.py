@@ -32,13 +32,27 @@ class Model(Protocol):
     def name(self) -> str: ...
     @property
     def is_bundled(self) -> bool: ...
+    @property
+    def default_side_px(self) -> int: ...
 
 
 class Device(Protocol):
     """Where it runs."""
 
     def describe(self) -> dict[str, str]: ...
+    def memory_bytes(self) -> Mapping[str, int]: ...
     def release_memory(self) -> None: ...
+
+
+class Cache(Protocol):
+    """The memory of recent prompts. Its counters may be read from any thread."""
+
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def bytes_used(self) -> int: ...
 
 
 class Resolved(Protocol):
@@ -52,6 +66,17 @@ class Resolved(Protocol):
     def steps(self) -> int: ...
     @property
     def guidance(self) -> float | None: ...
+    @property
+    def seeds(self) -> Sequence[int]: ...
+    @property
+    def start_step(self) -> int: ...
+
+
+class Prepared(Protocol):
+    """A request that fits the model."""
+
+    @property
+    def params(self) -> Resolved: ...
 
 
 class Result(Protocol):
@@ -75,8 +100,17 @@ class Result(Protocol):
     def peak_bytes(self) -> int: ...
 
 
+class Denoised(Protocol):
+    """The latents after one Euler step."""
+
+    def predicted_clean(self) -> Any: ...
+
+
 class Slice(Protocol):
-    """One slice of a job that is done, after which the job may be abandoned."""
+    """One slice of a job that is done, after which the job may be abandoned.
+
+    ``denoise_step`` is None in stages other than denoising.
+    """
 
     @property
     def stage(self) -> str: ...
@@ -86,25 +120,31 @@ class Slice(Protocol):
     def step(self) -> int: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def denoise_step(self) -> Denoised | None: ...
 
 
 class Pipeline(Protocol):
-    """A loaded model. All but ``prepare`` is called from the worker thread only."""
+    """A loaded model. Methods other than ``prepare`` are called from the worker thread only."""
 
     @property
     def info(self) -> Model: ...
     @property
     def runtime(self) -> Device: ...
+    @property
+    def conditioning_cache(self) -> Cache: ...
 
     def warm_up(
         self,
-        sizes: Sequence[tuple[int, int]] | None,
+        sizes: Sequence[tuple[int, int]],
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
 
-    def prepare(self, params: GenerationParams) -> Any: ...
+    def prepare(self, params: GenerationParams) -> Prepared: ...
 
     def run(self, params: GenerationParams) -> Generator[Slice, None, Result]: ...
+
+    def decode(self, latents: Any, width: int, height: int) -> Image.Image: ...
 
 
 # Loads the pipeline on the thread that calls it, reporting after every tensor.

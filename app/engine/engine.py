@@ -6,16 +6,21 @@ error a job gets that none of them can run. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from app import telemetry
-from app.engine.contract import Loader, Pipeline, Result
-from app.engine.jobs import Job, JobOutcome
+from app.engine.admission import Limits
+from app.engine.contract import Cache, Loader, Pipeline, Result
+from app.engine.events import Preview
+from app.engine.flight import FlightTimes, PreviewPicture
+from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
 from app.engine.metadata import provenance
 from app.engine.packing import PackedPicture, Packing, PackingPool
 from app.engine.scheduler import Scheduler
@@ -24,9 +29,12 @@ from app.errors import (
     EngineDeadError,
     InternalError,
     NotReadyError,
+    QueueFullError,
     ServiceError,
     ShuttingDownError,
 )
+from app.metrics import Metrics
+from fluxcore.fitting import fitted_size
 from fluxcore.params import GenerationParams
 
 logger = logging.getLogger(__name__)
@@ -36,6 +44,10 @@ LOADING_RETRY_S = 5.0
 # How long a cancelled job may take to reach its next slice at the end, in seconds.
 LAST_SLICE_S = 10.0
 POLL_S = 0.02
+# Different shapes that are counted; more are as bad as so many.
+MOST_SHAPES = 10_000
+
+Shape = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,8 @@ class EngineStatus:
 
     Attributes:
         state: loading, warming_up, ready, draining, stopped or failed.
-        is_alive: the worker runs and the device draws pictures.
+        is_alive: the worker runs, moves on, and the device draws pictures.
+        running: jobs in flight that need the device again.
         startup: how far getting ready has come.
         model: its name; None while loading.
         is_bundled: whether it is the one that ships with the package; None while loading.
@@ -62,12 +75,30 @@ class EngineStatus:
     running: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """What an operator watches; see ``app.api.metrics`` for what each means.
+
+    Attributes:
+        work_s: estimated seconds of all that waits and runs.
+        shapes: different sizes of pictures and references drawn so far, which compiled
+            kernels and Metal's memory grow with.
+        cache: None while loading.
+    """
+
+    in_flight: int
+    work_s: float
+    shapes: int
+    memory_bytes: Mapping[str, int]
+    cache: Cache | None
+
+
 class Engine:
     """Owns the job from its admission to its answer.
 
     Args:
         load: makes the pipeline, on the worker's thread.
-        queue_limit: jobs that may wait.
+        limits: what may wait and be in flight.
         warm_up_sizes: (width, height) of pictures drawn before the engine is ready; None
             for the model's default size.
         shutdown_grace_s: what a client is told to wait when the engine is ending.
@@ -78,18 +109,22 @@ class Engine:
         self,
         load: Loader,
         *,
-        queue_limit: int,
+        limits: Limits | None = None,
         warm_up_sizes: tuple[tuple[int, int], ...] | None = (),
         shutdown_grace_s: float = 30.0,
         on_startup_failure: Callable[[], None] | None = None,
     ) -> None:
-        self._scheduler = Scheduler(queue_limit)
+        self._scheduler = Scheduler(limits or Limits())
         self._packers = PackingPool()
+        self.metrics = Metrics()
+        self._shapes: set[Shape] = set()
         self._worker = Worker(
             load,
             self._scheduler,
+            self.metrics,
             warm_up_sizes=warm_up_sizes,
             on_drawn=self._drawn,
+            on_preview=self._previewed,
             on_failed=self._failed,
             on_end=self._worker_ended,
         )
@@ -107,36 +142,65 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no job waits, runs or is being packed."""
-        return (
-            self._scheduler.running is None
-            and self._scheduler.depth == 0
-            and self._packers.jobs == 0
-        )
+        return self._scheduler.in_flight == 0 and self._scheduler.depth == 0
 
     def start(self) -> None:
         """Begin to load; returns at once."""
         self._worker.start()
 
-    def check_admission(self) -> None:
-        """Refuse a request before its pictures are decoded.
+    def check_admission(self, client: str = DEFAULT_OPTIONS.client) -> None:
+        """Refuse a request of a client before its pictures are decoded.
 
         Raises:
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
-        self._pipeline()
-        self._scheduler.check()
+        with self._rejections_counted():
+            self._pipeline()
+            self._scheduler.check(client)
 
-    def submit(self, params: GenerationParams, packing: Packing, request_id: str) -> Job:
+    def default_side_px(self) -> int:
+        """Width and height of a picture of which neither is asked.
+
+        Raises:
+            EngineDeadError, ShuttingDownError, NotReadyError.
+        """
+        with self._rejections_counted():
+            return self._pipeline().info.default_side_px
+
+    def check_request(self, params: GenerationParams) -> None:
+        """Refuse a request that is to be submitted some other time.
+
+        Raises:
+            InvalidParamsError: it does not fit the loaded model.
+            EngineDeadError, ShuttingDownError, NotReadyError.
+        """
+        self._pipeline().prepare(params)
+
+    def submit(
+        self,
+        params: GenerationParams,
+        packing: Packing,
+        request_id: str,
+        options: JobOptions = DEFAULT_OPTIONS,
+    ) -> Job:
         """Accept a request, or refuse it at once.
+
+        Where ``params`` has no seed, one is drawn now and stands in the job's.
 
         Raises:
             InvalidParamsError: it does not fit the loaded model.
             EngineDeadError, ShuttingDownError, NotReadyError, QueueFullError.
         """
-        self._pipeline().prepare(params)
-        job = Job(params, packing, request_id)
-        if not self._scheduler.admit(job):
-            raise self._shutting_down()
+        # One that was accepted before is offered again and again until the engine takes it.
+        with self._rejections_counted(is_on=not options.is_admitted):
+            resolved = self._pipeline().prepare(params).params
+            # Before a seed is drawn, which is another one when the request comes again.
+            signature = hash((options.client, *params.summary().values()))
+            if params.seed is None:
+                params = dataclasses.replace(params, seed=resolved.seeds[0])
+            job = Job(params, resolved, packing, request_id, options, signature)
+            if not self._scheduler.admit(job):
+                raise self._shutting_down()
         logger.debug("prompt: %s", params.prompt)
         return job
 
@@ -155,18 +219,29 @@ class Engine:
         pipeline = worker.pipeline
         return EngineStatus(
             state=state,
-            is_alive=worker.is_alive and not worker.is_device_suspect,
-            is_ready=state == WorkerState.READY and worker.is_alive,
+            is_alive=worker.is_alive and not (worker.is_device_suspect or worker.is_stalled),
+            is_ready=state == WorkerState.READY and worker.is_alive and not worker.is_stalled,
             startup=worker.startup,
             model=None if pipeline is None else pipeline.info.name,
             is_bundled=None if pipeline is None else pipeline.info.is_bundled,
             device={} if pipeline is None else pipeline.runtime.describe(),
             queue_depth=self._scheduler.depth,
-            running=0 if self._scheduler.running is None else 1,
+            running=len(self._scheduler.active),
+        )
+
+    def figures(self) -> EngineFigures:
+        """What is measured about the engine at this moment."""
+        pipeline = self._worker.pipeline
+        return EngineFigures(
+            in_flight=self._scheduler.in_flight,
+            work_s=self._scheduler.work_s,
+            shapes=len(self._shapes),
+            memory_bytes={} if pipeline is None else pipeline.runtime.memory_bytes(),
+            cache=None if pipeline is None else pipeline.conditioning_cache,
         )
 
     def drain(self) -> None:
-        """Admit nothing more and answer what waits; the running job goes on."""
+        """Admit nothing more and answer what waits; jobs in flight go on."""
         self._is_draining = True
         self._worker.stop()
         for job in self._scheduler.close():
@@ -177,7 +252,7 @@ class Engine:
         self._hurry.set()
 
     def stop(self, grace_s: float = 0.0) -> bool:
-        """Drain, let the running job go on for ``grace_s``, then cancel it. Blocks.
+        """Drain, let jobs in flight go on for ``grace_s``, then cancel them. Blocks.
 
         A second call only repeats what the first returned.
 
@@ -191,15 +266,15 @@ class Engine:
         while not self.is_idle and self._worker.is_alive and time.monotonic() < deadline_s:
             if self._hurry.wait(POLL_S):
                 break
-        running = self._scheduler.running
-        if running is not None:
-            running.cancel(self._shutting_down())
+        in_flight = self._scheduler.active
+        for job in in_flight:
+            job.cancel(self._shutting_down())
         self._has_ended = self._worker.join(LAST_SLICE_S)
         # A job that is drawn is answered by the packers, ...
         self._packers.close()
-        if running is not None:
+        for job in in_flight:
             # ... any other by the worker, unless that is stuck in its slice.
-            self._failed(running, self._shutting_down())
+            self._failed(job, self._shutting_down())
         return self._has_ended
 
     def _pipeline(self) -> Pipeline:
@@ -218,45 +293,85 @@ class Engine:
             )
         return worker.pipeline
 
+    @contextmanager
+    def _rejections_counted(self, *, is_on: bool = True) -> Iterator[None]:
+        try:
+            yield
+        except ServiceError as error:
+            if is_on:
+                bound = error.bound if isinstance(error, QueueFullError) else error.code
+                self.metrics.rejected(bound)
+            raise
+
     def _shutting_down(self) -> ShuttingDownError:
         return ShuttingDownError(
             "the service is shutting down; try again when it is back",
             retry_after_s=self._grace_s,
         )
 
-    def _drawn(self, job: Job, result: Result) -> None:
-        """The device is done with the job: pack its pictures while the next one runs."""
+    def _drawn(self, job: Job, result: Result, times: FlightTimes) -> None:
+        """The device is done with the job: pack its pictures while others run."""
         drawn_s = time.monotonic()
+        if len(self._shapes) < MOST_SHAPES:
+            references = tuple(fitted_size(picture) for picture in job.params.references)
+            self._shapes.add((result.params.width, result.params.height, references))
         model = self._model_name()
         made = [
-            (image, provenance(job.params, result, index, model))
-            for index, image in enumerate(result.images)
+            (image, provenance(job.params, result.params, seed, model))
+            for image, seed in zip(result.images, result.seeds, strict=True)
         ]
 
         def deliver(packed: list[Future[PackedPicture]]) -> None:
             token = telemetry.request_id.set(job.request_id)
+            if job.last_preview is not None:
+                # Begun before the pictures; watchers are to see it before the end.
+                _log_failure(job.last_preview)
             broken = next((f.exception() for f in packed if f.exception() is not None), None)
             if broken is not None:
                 logger.error("packing failed", exc_info=broken)
                 self._failed(job, InternalError("the picture could not be written as a file"))
             else:
-                pack_ms = (time.monotonic() - drawn_s) * 1000
-                self._packed(job, result, tuple(f.result() for f in packed), pack_ms)
+                assert job.started_s is not None, "a drawn job was started"
+                paused_s = drawn_s - job.started_s - times.own_s
+                timings_ms = {
+                    "queue": (job.started_s - job.accepted_s) * 1000,
+                    **{name: ms for name, ms in result.timings.items() if name != "total"},
+                    **({"previews": times.previews_s * 1000} if times.previews_s else {}),
+                    "paused": max(0.0, paused_s) * 1000,
+                    "pack": (time.monotonic() - drawn_s) * 1000,
+                    "total": (time.monotonic() - job.accepted_s) * 1000,
+                }
+                self._packed(job, result, tuple(f.result() for f in packed), timings_ms)
+            self._scheduler.packing(-1)
             telemetry.request_id.reset(token)
 
-        self._packers.pack(made, job.packing, deliver)
+        self._scheduler.packing(+1)
+        try:
+            self._packers.pack(made, job.packing, deliver)
+        except RuntimeError:  # the threads have ended
+            self._scheduler.packing(-1)
+            raise
+
+    def _previewed(self, job: Job, preview: PreviewPicture) -> None:
+        """Pack a preview while the next step runs."""
+        seed = job.resolved.seeds[preview.image_index]
+        made = provenance(job.params, job.resolved, seed, self._model_name())
+
+        def deliver(packed: PackedPicture) -> None:
+            job.events.emit(Preview(preview.image_index, preview.step, packed))
+            self.metrics.previewed()
+
+        job.last_preview = self._packers.pack_in_order(
+            preview.picture, made, job.packing, deliver, previous=job.last_preview
+        )
 
     def _packed(
-        self, job: Job, result: Result, pictures: tuple[PackedPicture, ...], pack_ms: float
+        self,
+        job: Job,
+        result: Result,
+        pictures: tuple[PackedPicture, ...],
+        timings_ms: dict[str, float],
     ) -> None:
-        assert job.started_s is not None, "a drawn job was started"
-        stages = {name: ms for name, ms in result.timings.items() if name != "total"}
-        timings_ms = {
-            "queue": (job.started_s - job.accepted_s) * 1000,
-            **stages,
-            "pack": pack_ms,
-            "total": (time.monotonic() - job.accepted_s) * 1000,
-        }
         outcome = JobOutcome(
             model=self._model_name(),
             pictures=pictures,
@@ -265,8 +380,8 @@ class Engine:
             cache_hit=result.cache_hit,
             warnings=tuple(result.warnings),
             peak_bytes=result.peak_bytes,
+            prompt_tokens=result.prompt_tokens,
         )
-        # Logged first, so that the line is there when the client has its answer.
         fields = {
             "size": f"{result.params.width}x{result.params.height}",
             "n": len(pictures),
@@ -276,24 +391,34 @@ class Engine:
             **{f"{name}_ms": ms for name, ms in timings_ms.items()},
             "peak_bytes": result.peak_bytes,
         }
-        logger.info(telemetry.fields_line("job done", fields))
-        job.complete(outcome)
+
+        def note() -> None:
+            # Noted first, so that it is there when the client has its answer.
+            telemetry.log_event(logger, logging.INFO, "job done", fields)
+            self.metrics.completed(len(pictures), timings_ms)
+            times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
+            job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
+
+        job.complete(outcome, note)
 
     def _failed(self, job: Job, error: ServiceError) -> None:
-        if not job.fail(error):
-            return
-        # Not the message: it may quote the request.
-        line = telemetry.fields_line("job failed", {"code": error.code, "param": error.param})
-        logger.log(
-            logging.INFO if error.status < 500 else logging.WARNING,
-            line,
-            extra={"request_id": job.request_id},
-        )
+        def note() -> None:
+            # Not the message: it may quote the request.
+            telemetry.log_event(
+                logger,
+                logging.INFO if error.status < 500 else logging.WARNING,
+                "job failed",
+                {"code": error.code, "param": error.param},
+                job.request_id,
+            )
+            self.metrics.failed(error.code)
+            job.trace.ended(error.code, {})
+
+        job.fail(error, note)
 
     def _worker_ended(self) -> None:
         """Nothing may wait for a worker that is gone."""
-        running = self._scheduler.running
-        for job in [*self._scheduler.close(), *([] if running is None else [running])]:
+        for job in [*self._scheduler.close(), *self._scheduler.active]:
             self._failed(job, EngineDeadError("the service cannot draw any more"))
         if self.has_failed and not self._worker.was_ready and self.on_startup_failure is not None:
             self.on_startup_failure()
@@ -301,3 +426,10 @@ class Engine:
     def _model_name(self) -> str:
         assert self._worker.pipeline is not None, "jobs run on a loaded pipeline"
         return self._worker.pipeline.info.name
+
+
+def _log_failure(preview: Future[None]) -> None:
+    """Wait for a preview; one that could not be packed is no reason to withhold the picture."""
+    broken = preview.exception()
+    if broken is not None:
+        logger.error("packing a preview failed", exc_info=broken)

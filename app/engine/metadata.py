@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.engine.contract import Result
+from app.engine.contract import Resolved
 from fluxcore.params import GenerationParams
 from fluxcore.version import __version__
 
@@ -51,16 +51,16 @@ class Provenance:
         return f"{SOFTWARE} {self.version}"
 
 
-def provenance(params: GenerationParams, result: Result, index: int, model: str) -> Provenance:
-    """How picture ``index`` of a result was made."""
+def provenance(params: GenerationParams, resolved: Resolved, seed: int, model: str) -> Provenance:
+    """How the picture of a seed was made."""
     return Provenance(
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
-        seed=result.seeds[index],
-        width=result.params.width,
-        height=result.params.height,
-        steps=result.params.steps,
-        guidance=result.params.guidance,
+        seed=seed,
+        width=resolved.width,
+        height=resolved.height,
+        steps=resolved.steps,
+        guidance=resolved.guidance,
         schedule=params.schedule,
         model=model,
         version=__version__,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,12 +72,6 @@ class PackingPool:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(PACKING_THREADS, thread_name_prefix="fluxd-pack")
         self._lock = threading.Lock()
-        self._jobs = 0
-
-    @property
-    def jobs(self) -> int:
-        """Jobs whose pictures are being packed."""
-        return self._jobs
 
     def pack(
         self,
@@ -85,9 +79,11 @@ class PackingPool:
         packing: Packing,
         deliver: Callable[[list[Future[PackedPicture]]], None],
     ) -> None:
-        """Pack one job's pictures; ``deliver`` is called once, on a packing thread."""
-        with self._lock:
-            self._jobs += 1
+        """Pack one job's pictures; ``deliver`` is called once, on a packing thread.
+
+        Raises:
+            RuntimeError: the threads have ended.
+        """
         remaining = len(pictures)
         started: list[Future[PackedPicture]] = []
 
@@ -96,25 +92,37 @@ class PackingPool:
             with self._lock:
                 remaining -= 1
                 is_last = remaining == 0
-            if not is_last:
-                return
-            try:
+            if is_last:
                 deliver(started)
-            finally:
-                with self._lock:
-                    self._jobs -= 1
 
-        try:
-            started += [
-                self._pool.submit(pack_picture, picture, packing, made)
-                for picture, made in pictures
-            ]
-        except RuntimeError:  # the pool is closed
-            with self._lock:
-                self._jobs -= 1
-            raise
+        started += [
+            self._pool.submit(pack_picture, picture, packing, made) for picture, made in pictures
+        ]
         for future in started:
             future.add_done_callback(one_done)
+
+    def pack_in_order(
+        self,
+        picture: Image.Image,
+        made: Provenance,
+        packing: Packing,
+        deliver: Callable[[PackedPicture], None],
+        previous: Future[None] | None,
+    ) -> Future[None]:
+        """Pack one picture and deliver it, on a packing thread, after ``previous`` is done.
+
+        Raises:
+            RuntimeError: the threads have ended.
+        """
+
+        def work() -> None:
+            packed = pack_picture(picture, packing, made)
+            if previous is not None:
+                # Begun before this one, so that waiting for it cannot block for ever.
+                wait((previous,))
+            deliver(packed)
+
+        return self._pool.submit(work)
 
     def close(self) -> None:
         """End the threads after what they have in hand."""

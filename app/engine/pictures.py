@@ -12,6 +12,8 @@ import zlib
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from app.engine.picture_files import CostlyFileError, check_cost
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 # At and above this, a grey mask without transparency says "draw again".
 MASK_WHITE = 128
@@ -39,7 +41,8 @@ def read_picture(data: bytes, max_pixels: int) -> Image.Image:
     """Bytes to an upright RGB picture, transparency shown on white.
 
     Raises:
-        PictureError: another format, too many pixels, animated, truncated or corrupt.
+        PictureError: another format, too many pixels, scans or parts, animated, truncated
+            or corrupt.
     """
     return _to_rgb(_read(data, max_pixels))
 
@@ -72,10 +75,13 @@ def _read(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise PictureError("is empty")
     try:
+        check_cost(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_header(opened, max_pixels)
             opened.load()
             return ImageOps.exif_transpose(opened)
+    except CostlyFileError as error:
+        raise PictureError(str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PictureError(f"has more than {max_pixels} pixels, the most allowed") from None
     except UnidentifiedImageError:

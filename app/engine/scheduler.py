@@ -1,131 +1,301 @@
-"""Which job runs next: a bounded queue, first in, first out.
+"""The jobs that wait and those in flight, and whose slice the worker runs next.
 
-Owns admission and the measured rate from which waiting clients are told when to
-come back. Knows nothing of what a job does.
+Owns the lock around the order (``policy``) and the bounds (``admission``). Knows
+nothing of what a slice does.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
+from app.engine.admission import Admission, Asker, Limits, Load
+from app.engine.costs import WorkLeft
+from app.engine.events import Queued
 from app.engine.jobs import Job
-from app.errors import QueueFullError
+from app.engine.policy import Entry, Policy
+from app.errors import JobTimeoutError, ServiceError
 
-# What one job is taken to last before any has been measured, in seconds.
-FIRST_GUESS_S = 5.0
-# The weight of the newest job in the running mean.
-NEWEST_WEIGHT = 0.3
-# Clients do not honour longer waits (the OpenAI SDKs ignore more than 120 s).
-LONGEST_WAIT_S = 120.0
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the worker is to do: the job's next slice, or, with a reason, to end it."""
+
+    job: Job
+    end: ServiceError | None = None
 
 
 class Scheduler:
-    """Jobs that wait, and the one that runs.
+    """Jobs from their admission until the device is done with them.
 
-    ``admit`` and ``remove`` are called from any thread, ``take`` and ``finished``
-    from the worker's.
+    ``check``, ``admit`` and ``remove`` are called from any thread, ``take`` and what
+    follows it from the worker's.
+
+    Args:
+        limits: what may wait and be in flight.
+        clock: seconds, growing.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._policy = Policy()
+        self._admission = Admission(limits)
+        self._waiting: dict[Job, Entry] = {}
+        self._active: dict[Job, Entry] = {}
+        self._packing = 0
+        self._accepted = 0
         self._closed = False
         self._changed = threading.Condition()
-        self._mean_job_s: float | None = None
-        # Clients that were refused and may come back, each for a slot of its own.
-        self._refused = 0
 
     @property
     def depth(self) -> int:
-        """Jobs that wait; the running one is not among them."""
+        """Jobs that wait."""
         return len(self._waiting)
 
     @property
-    def running(self) -> Job | None:
-        """The job that the worker has in hand."""
-        return self._running
+    def active(self) -> list[Job]:
+        """Jobs that have begun and need the device again."""
+        with self._changed:
+            return list(self._active)
 
-    def check(self) -> None:
+    @property
+    def in_flight(self) -> int:
+        """Jobs that have begun and are not answered."""
+        return len(self._active) + self._packing
+
+    @property
+    def work_s(self) -> float:
+        """Estimated seconds of all that waits and runs."""
+        with self._changed:
+            entries = (*self._active.values(), *self._waiting.values())
+            return sum(self._policy.remaining_s(entry) for entry in entries)
+
+    def check(self, client: str) -> None:
         """Refuse before a request's body is worked on.
 
         Raises:
-            QueueFullError: with the time after which a slot should be free.
+            QueueFullError: with the time after which there should be room.
         """
         with self._changed:
-            self._check()
+            self._check(self._asker(client, None), Load(0.0, 0))
 
     def admit(self, job: Job) -> bool:
-        """Put a job at the end of the queue. False once the scheduler is closed.
+        """Let a job wait for its turn. False once the scheduler is closed.
 
         Raises:
-            QueueFullError: with the time after which a slot should be free.
+            QueueFullError: with the time after which there should be room.
         """
+        options = job.options
+        left = WorkLeft(job.params, job.resolved, options.previews)
         with self._changed:
-            self._check()
+            now_s = self._clock()
+            if not options.is_admitted:
+                work_s = left.estimate_s(self._policy.costs)
+                asker = self._asker(options.client, job.signature)
+                self._check(asker, Load(work_s, left.pixels))
             if self._closed:
                 return False
-            self._waiting.append(job)
+            if not options.is_admitted:
+                self._admission.admitted(asker, now_s)
+            self._accepted += 1
+            deadline_s = None if options.deadline_s is None else now_s + options.deadline_s
+            self._waiting[job] = Entry(job, self._accepted, left, deadline_s)
+            self._policy.shares.joined(options.client)
+            job.place = lambda: self._place(job)
             self._changed.notify()
-            return True
+        self._tell_places()
+        return True
 
-    def take(self) -> Job | None:
-        """Wait for the next job; None once the scheduler is closed and empty."""
+    def take(self) -> Turn | None:
+        """Wait for the next turn; None once the scheduler is closed and nothing is left."""
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            if not self._waiting:
+            while True:
+                before = len(self._waiting)
+                turn = self._next_turn()
+                if turn is not None:
+                    is_moved = len(self._waiting) != before
+                    break
+                if self._closed and not self._waiting and not self._active:
+                    return None
+                self._changed.wait(self._until_deadline_s())
+        if is_moved:
+            self._tell_places()
+        return turn
+
+    def poll(self) -> Turn | None:
+        """The next turn, if there is one now."""
+        with self._changed:
+            return self._next_turn()
+
+    def slice_done(self, job: Job, stage: str, took_s: float) -> None:
+        """The worker has run a slice of a stage."""
+        with self._changed:
+            entry = self._active[job]
+            self._policy.served(entry, took_s)
+            self._policy.slice_done(entry, stage, took_s)
+
+    def expected_s(self, job: Job) -> float | None:
+        """What a job's next slice should take, a preview included; None before any measurement."""
+        with self._changed:
+            costs, left = self._policy.costs, self._active[job].left
+            if not costs.is_measured:
                 return None
-            self._running = self._waiting.popleft()
-            self._slot_freed()
-            return self._running
+            return costs.estimate_s(left.next_unit) + costs.estimate_s(left.unit("decode"))
 
-    def finished(self, job: Job, *, is_measured: bool) -> None:
-        """The worker is done with the job; ``is_measured`` if it ran to its end."""
+    def finished(self, job: Job) -> None:
+        """The worker is done with a job."""
         with self._changed:
-            self._running = None
-            if not is_measured or job.started_s is None:
-                return
-            took_s = time.monotonic() - job.started_s
-            mean_s = took_s if self._mean_job_s is None else self._mean_job_s
-            self._mean_job_s = mean_s + NEWEST_WEIGHT * (took_s - mean_s)
+            self._active.pop(job)
+            self._policy.shares.left(job.options.client)
+
+    def packing(self, change: int) -> None:
+        """One job more (1) or less (-1) is drawn and being packed."""
+        with self._changed:
+            self._packing += change
+            self._changed.notify()
 
     def remove(self, job: Job) -> bool:
         """Take a waiting job out. False when it is not waiting (any more)."""
         with self._changed:
-            if job not in self._waiting:
+            if self._waiting.pop(job, None) is None:
                 return False
-            self._waiting.remove(job)
-            self._slot_freed()
-            return True
+            self._policy.shares.left(job.options.client)
+        self._tell_places()
+        return True
 
     def close(self) -> list[Job]:
-        """Admit nothing more and hand back what waits; ``take`` ends after the running job."""
+        """Admit nothing more and hand back what waits; ``take`` ends after what is in flight."""
         with self._changed:
             self._closed = True
             left = list(self._waiting)
             self._waiting.clear()
+            for job in left:
+                self._policy.shares.left(job.options.client)
             self._changed.notify_all()
             return left
 
-    def _check(self) -> None:
-        if len(self._waiting) < self._limit:
-            return
-        self._refused += 1
-        raise QueueFullError(
-            f"the queue is full: {self._limit} jobs wait; try again later",
-            retry_after_s=self._wait_s(),
+    def calibrate(self, width: int, height: int, took_s: float) -> None:
+        """A warm-up picture of one step took so long."""
+        with self._changed:
+            self._policy.costs.calibrate(width, height, took_s)
+
+    def eta_s(self, job: Job) -> float | None:
+        """When a job in flight should be done, in seconds from now."""
+        with self._changed:
+            entry = self._active.get(job)
+            if entry is None or not self._policy.costs.is_measured:
+                return None
+            now_s = self._clock()
+            key = self._policy.key(entry, now_s)
+            entries = (*self._active.values(), *self._waiting.values())
+            return sum(
+                self._policy.remaining_s(other)
+                for other in entries
+                if self._policy.key(other, now_s) <= key
+            )
+
+    def _next_turn(self) -> Turn | None:
+        now_s = self._clock()
+        for job in self._active:
+            if job.cancelled is not None:
+                return Turn(job, job.cancelled)
+        for entries in (self._active, self._waiting):
+            for entry in entries.values():
+                if entry.deadline_s is not None and entry.deadline_s <= now_s:
+                    return self._overdue(entry)
+        entry_chosen = self._policy.choose(
+            self._waiting.values(),
+            self._active.values(),
+            now_s,
+            may_start=self.in_flight < self._limits.in_flight,
+        )
+        if entry_chosen is None:
+            return None
+        if not entry_chosen.is_active:
+            entry_chosen.is_active = True
+            self._active[entry_chosen.job] = self._waiting.pop(entry_chosen.job)
+        return Turn(entry_chosen.job)
+
+    def _overdue(self, entry: Entry) -> Turn:
+        job = entry.job
+        if not entry.is_active:
+            del self._waiting[job]
+            self._policy.shares.left(job.options.client)
+        reason = JobTimeoutError(
+            f"the job was not done by its deadline of {job.options.deadline_s:g} s and has been "
+            "cancelled; ask for a smaller size, fewer steps or fewer pictures, or for more time"
+        )
+        return Turn(job, reason)
+
+    def _until_deadline_s(self) -> float | None:
+        """How long the worker may sleep."""
+        deadlines = [e.deadline_s for e in self._waiting.values() if e.deadline_s is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _foreseen(self) -> list[Entry]:
+        """All entries in the order in which they should be done."""
+        return self._policy.foreseen(
+            self._waiting.values(),
+            self._active.values(),
+            self._clock(),
+            places=self._limits.in_flight - self.in_flight,
         )
 
-    def _wait_s(self) -> float:
-        """When the slot should be free that the client refused last can take."""
-        mean_s = FIRST_GUESS_S if self._mean_job_s is None else self._mean_job_s
-        elapsed_s = 0.0
-        if self._running is not None and self._running.started_s is not None:
-            elapsed_s = time.monotonic() - self._running.started_s
-        return min(max(mean_s * self._refused - elapsed_s, 1.0), LONGEST_WAIT_S)
+    def _asker(self, client: str, request: int | None) -> Asker:
+        own = sum(
+            job.options.client == client and not job.options.is_admitted for job in self._waiting
+        )
+        return Asker(own, request)
 
-    def _slot_freed(self) -> None:
-        self._refused = max(0, self._refused - 1) if self._waiting else 0
+    def _check(self, asker: Asker, wanted: Load) -> None:
+        self._admission.check(
+            asker,
+            wanted,
+            self._loads((*self._active.values(), *self._waiting.values())),
+            self._clock(),
+            foreseen=lambda: self._loads(self._foreseen()),
+            is_measured=self._policy.costs.is_measured,
+        )
+
+    def _loads(self, entries: Iterable[Entry]) -> list[Load]:
+        return [
+            Load(
+                self._policy.remaining_s(entry),
+                entry.left.pixels,
+                is_waiting=not entry.is_active,
+                is_bounded=not entry.job.options.is_admitted,
+            )
+            for entry in entries
+        ]
+
+    def _places(self) -> Iterator[tuple[Entry, Queued]]:
+        """Every waiting job and its place."""
+        position, elapsed_s = 0, 0.0
+        is_measured = self._policy.costs.is_measured
+        for entry in self._foreseen():
+            if not entry.is_active:
+                position += 1
+                yield entry, Queued(position, elapsed_s if is_measured else None)
+            elapsed_s += self._policy.remaining_s(entry)
+
+    def _place(self, job: Job) -> Queued | None:
+        with self._changed:
+            if job not in self._waiting:
+                return None
+            return next(place for entry, place in self._places() if entry.job is job)
+
+    def _tell_places(self) -> None:
+        """Tell those whose place has changed, outside the lock: listeners may hold locks."""
+        with self._changed:
+            if not any(job.events.is_watched for job in self._waiting):
+                return
+            changed = []
+            for entry, place in self._places():
+                if entry.job.events.is_watched and entry.told_position != place.position:
+                    entry.told_position = place.position
+                    changed.append((entry.job, place))
+        for job, place in changed:
+            job.events.emit(place)

@@ -1,7 +1,8 @@
 """The one thread that owns the pipeline.
 
-Owns loading, warming up and running jobs slice by slice, and survives whatever a
-job does. Nothing else in the process touches the device. Knows nothing of HTTP.
+Owns loading, warming up and running the slices that the scheduler chooses, and
+survives whatever a job does. Nothing else in the process touches the device. Knows
+nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from enum import StrEnum
 
 from app import telemetry
 from app.engine.contract import Loader, LoadStep, Pipeline, Result
+from app.engine.flight import Flight, FlightTimes, PreviewPicture
 from app.engine.jobs import Job
 from app.engine.scheduler import Scheduler
 from app.errors import ServiceError, as_service_error
+from app.metrics import Metrics
 from fluxcore.errors import DeviceFaultError, FluxError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
+
+# A slice that takes so many times what it should is taken to be stuck, ...
+STALL_FACTOR = 20.0
+# ... but not before so many seconds (a shape that is new may be compiled first), ...
+LEAST_STALL_S = 120.0
+# ... and so many where nothing has been measured yet.
+UNMEASURED_STALL_S = 900.0
 
 
 class WorkerState(StrEnum):
@@ -53,6 +63,7 @@ class Worker:
         warm_up_sizes: (width, height) of the pictures to draw before being ready; None
             for the model's default size.
         on_drawn: takes a finished job's result, still on the thread.
+        on_preview: takes a preview, still on the thread.
         on_failed: takes a job that ended without one.
         on_end: called last, when no more jobs will be taken.
     """
@@ -61,16 +72,20 @@ class Worker:
         self,
         load: Loader,
         scheduler: Scheduler,
+        metrics: Metrics,
         *,
         warm_up_sizes: tuple[tuple[int, int], ...] | None,
-        on_drawn: Callable[[Job, Result], None],
+        on_drawn: Callable[[Job, Result, FlightTimes], None],
+        on_preview: Callable[[Job, PreviewPicture], None],
         on_failed: Callable[[Job, ServiceError], None],
         on_end: Callable[[], None],
     ) -> None:
         self._load = load
         self._scheduler = scheduler
+        self._metrics = metrics
         self._warm_up_sizes = warm_up_sizes
         self._on_drawn = on_drawn
+        self._on_preview = on_preview
         self._on_failed = on_failed
         self._on_end = on_end
         self._stopping = threading.Event()
@@ -81,11 +96,27 @@ class Worker:
         self.was_ready = False
         # The last job ended in a device fault, even after the pipeline's own retry.
         self.is_device_suspect = False
+        self._warmed_s = 0.0
+        self._flights: dict[Job, Flight] = {}
+        # When the slice in hand began, and what it should take.
+        self._slice_began: tuple[float, float | None] | None = None
 
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the slice in hand takes so long that it will hardly ever end."""
+        began = self._slice_began
+        if began is None:
+            return False
+        began_s, expected_s = began
+        bound_s = UNMEASURED_STALL_S
+        if expected_s is not None:
+            bound_s = max(LEAST_STALL_S, STALL_FACTOR * expected_s)
+        return time.monotonic() - began_s > bound_s
 
     def start(self) -> None:
         """Start the thread."""
@@ -119,6 +150,10 @@ class Worker:
             self.pipeline = self._load(self._loading)
             loaded_s = time.monotonic()
             self.state = WorkerState.WARMING_UP
+            self._warmed_s = loaded_s
+            if self._warm_up_sizes is None:
+                side_px = self.pipeline.info.default_side_px
+                self._warm_up_sizes = ((side_px, side_px),)
             self.pipeline.warm_up(sizes=self._warm_up_sizes, progress=self._warming)
         except _StartupStoppedError:
             logger.info("stopped before the model was ready")
@@ -130,16 +165,16 @@ class Worker:
             logger.exception("%s failed", self.state.replace("_", " "))
             return False
         described = self.pipeline.runtime.describe()
-        logger.info(
-            telemetry.fields_line(
-                "ready",
-                {
-                    "model": self.pipeline.info.name,
-                    "load_s": loaded_s - started_s,
-                    "warm_up_s": time.monotonic() - loaded_s,
-                    **described,
-                },
-            )
+        telemetry.log_event(
+            logger,
+            logging.INFO,
+            "ready",
+            {
+                "model": self.pipeline.info.name,
+                "load_s": loaded_s - started_s,
+                "warm_up_s": time.monotonic() - loaded_s,
+                **described,
+            },
         )
         self.startup = Startup("ready", 1.0)
         self.state = WorkerState.READY
@@ -153,26 +188,56 @@ class Worker:
 
     def _warming(self, done: int, wanted: int) -> None:
         self.startup = Startup("warm-up", done / max(wanted, 1))
+        now_s = time.monotonic()
+        if done:
+            assert self._warm_up_sizes is not None, "settled before warming up"
+            self._scheduler.calibrate(*self._warm_up_sizes[done - 1], now_s - self._warmed_s)
+        self._warmed_s = now_s
         if self._stopping.is_set():
             raise _StartupStoppedError
 
     def _serve_all(self) -> None:
-        while (job := self._scheduler.take()) is not None:
-            token = telemetry.request_id.set(job.request_id)
-            self._serve(job)
+        while (turn := self._scheduler.take()) is not None:
+            token = telemetry.request_id.set(turn.job.request_id)
+            end = turn.end or turn.job.cancelled
+            if end is not None:
+                self._end(turn.job, end)
+            else:
+                self._advance(turn.job)
             telemetry.request_id.reset(token)
             # Nothing of a job may stay alive while the worker waits for the next.
-            del job
+            del turn, end
 
-    def _serve(self, job: Job) -> None:
-        """Run one job and answer it, whatever happens."""
+    def _end(self, job: Job, reason: ServiceError) -> None:
+        """Abandon a job, whether it has begun or not."""
+        flight = self._flights.pop(job, None)
+        if flight is not None:
+            flight.close()
+        if flight is not None or job in self._scheduler.active:
+            self._scheduler.finished(job)
+        self._on_failed(job, reason)
+
+    def _advance(self, job: Job) -> None:
+        """Run one slice of a job; answer it when that was the last, or went wrong."""
         assert self.pipeline is not None, "jobs are served once the pipeline is loaded"
-        job.start()
         failure: ServiceError | None = None
         is_out_of_memory = False
         is_fault = False
         try:
-            self._on_drawn(job, self._run_slices(job, self.pipeline))
+            flight = self._flights.get(job)
+            if flight is None:
+                flight = self._flights[job] = Flight(
+                    job, self.pipeline, self._scheduler, self._metrics
+                )
+                self._metrics.began(job.start())
+            self._slice_began = (time.monotonic(), self._scheduler.expected_s(job))
+            preview = flight.advance()
+            self._slice_began = None
+            if preview is not None:
+                self._on_preview(job, preview)
+            if flight.result is None:
+                return
+            self._on_drawn(job, flight.result, flight.times)
         except ServiceError as error:
             failure = error.with_traceback(None)
         except OutOfMemoryError as error:
@@ -188,26 +253,15 @@ class Worker:
         except Exception as error:
             logger.exception("the job failed")
             failure = as_service_error(error)
+        finally:
+            self._slice_began = None
         # Outside the except blocks: their tracebacks hold the tensors that filled the memory.
+        flight = None
+        self._flights.pop(job, None)
         if is_out_of_memory:
             self.pipeline.runtime.release_memory()
         if failure is None or is_fault:
             self.is_device_suspect = is_fault
+        self._scheduler.finished(job)
         if failure is not None:
             self._on_failed(job, failure)
-        self._scheduler.finished(job, is_measured=failure is None)
-
-    def _run_slices(self, job: Job, pipeline: Pipeline) -> Result:
-        """Step through the job, stopping between slices when it is cancelled."""
-        slices = pipeline.run(job.params)
-        try:
-            while True:
-                if job.cancelled is not None:
-                    raise job.cancelled
-                try:
-                    next(slices)
-                except StopIteration as end:
-                    result: Result = end.value
-                    return result
-        finally:
-            slices.close()

@@ -97,7 +97,8 @@ class GenerationResult:
     Attributes:
         timings: milliseconds per stage (text, references, denoise, decode) and total,
             the device's work being waited for in each.
-        peak_bytes: peak memory of the device, as ``Runtime.peak_bytes`` defines it.
+        peak_bytes: peak memory of the device, as ``Runtime.peak_bytes`` defines it, with
+            whatever else ran meanwhile; on CUDA since the run that began last.
         cache_hit: whether the prompt's conditioning was at hand.
     """
 

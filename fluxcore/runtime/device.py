@@ -73,6 +73,17 @@ class Runtime:
             return torch.mps.driver_allocated_memory()
         return host_peak_bytes()
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Memory in use by place; may be called from any thread, and waits for nothing."""
+        places = {"host_peak": host_peak_bytes()}
+        if self.device.type == "cuda":
+            places["device_allocated"] = torch.cuda.memory_allocated(self.device)
+            places["device_reserved"] = torch.cuda.memory_reserved(self.device)
+        elif self.device.type == "mps":
+            places["device_allocated"] = torch.mps.current_allocated_memory()
+            places["device_reserved"] = torch.mps.driver_allocated_memory()
+        return places
+
     def release_memory(self) -> None:
         """Give back what a failed job left behind. Call it outside any except block."""
         gc.collect()

@@ -23,8 +23,8 @@ CURLS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.S) if "cur
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serve() as running:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(data_dir=str(tmp_path_factory.mktemp("data"))) as running:
         yield running
 
 
@@ -76,7 +76,7 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
     picture = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(picture, "PNG")
     (tmp_path / "out.png").write_bytes(picture.getvalue())
-    block = block.replace("http://127.0.0.1:7861", served.url).replace("curl -s", "curl -sf")
+    block = block.replace("http://127.0.0.1:7861", served.url).replace("curl -s", "curl -fs")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=tmp_path,
@@ -93,5 +93,10 @@ def test_every_curl_line_works(block: str, served: Served, tmp_path: Path) -> No
             assert image.format == "PNG"
             made = image.text["parameters"]  # type: ignore[attr-defined]
             assert "Seed: " in made and "Model: fluxd-demo" in made
+    elif "stream" in block:
+        assert done.stdout.startswith("event: ")
+        assert "completed\ndata: {" in done.stdout
+    elif block.rstrip().endswith("/metrics"):
+        assert "\nfluxd_queue_depth 0.0\n" in done.stdout
     else:
         assert json.JSONDecoder().raw_decode(done.stdout)[0]

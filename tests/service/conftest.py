@@ -18,12 +18,21 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.engine import Engine, Loader, Pipeline
+from app.jobs.opening import open_kept
 from app.main import Server, create_app, create_engine, create_server, listen
 from app.settings import Settings
 from tests.service.fake_pipeline import FakePipeline, loader_of
 
 # How long a test waits for what happens at once on an idle machine.
 PATIENCE_S = 60.0
+# No warm-up, no waiting at the end, nothing on the disk, and the name by which the test
+# client calls.
+FOR_TESTS = {
+    "warm_up_sizes": (),
+    "shutdown_grace_s": 0.0,
+    "data_dir": "off",
+    "allowed_hosts": ("testserver",),
+}
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -35,8 +44,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def settings_for_tests(**given: Any) -> Settings:
-    """Settings for tests: no warm-up, no waiting at the end."""
-    return Settings(**{"warm_up_sizes": (), "shutdown_grace_s": 0.0, **given})
+    """The settings of tests, and the ones given."""
+    return Settings(**{**FOR_TESTS, **given})
 
 
 def encode(picture: Image.Image, picture_format: str = "PNG", **options: Any) -> str:
@@ -132,7 +141,8 @@ def start() -> Iterator[Start]:
             ready = FakePipeline() if pipeline is None else pipeline
             settings = settings_for_tests(**given)
             engine = create_engine(settings, lambda progress: ready)
-            client = stack.enter_context(TestClient(create_app(settings, engine)))
+            app = create_app(settings, engine, open_kept(settings, engine))
+            client = stack.enter_context(TestClient(app))
             wait_until(lambda: engine.status().is_ready)
             return client
 

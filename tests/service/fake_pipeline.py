@@ -7,7 +7,8 @@ that way; any other prompt draws a grey picture, slice by slice, while ``gate`` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -22,14 +23,13 @@ from fluxcore.errors import (
 from fluxcore.params import GenerationParams
 
 WAIT_S = 30.0
-# What it draws when it is warmed up without being told sizes.
-OWN_SIZE = (48, 48)
 
 
 @dataclass(frozen=True)
 class FakeModel:
     name: str = "fake-model"
     is_bundled: bool = False
+    default_side_px: int = 64
 
 
 @dataclass
@@ -39,8 +39,18 @@ class FakeDevice:
     def describe(self) -> dict[str, str]:
         return {"device": "fake"}
 
+    def memory_bytes(self) -> dict[str, int]:
+        return {"host_peak": 1000, "device_allocated": 2000}
+
     def release_memory(self) -> None:
         self.released += 1
+
+
+@dataclass
+class FakeCache:
+    hits: int = 0
+    misses: int = 0
+    bytes_used: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,23 @@ class FakeResolved:
     height: int
     steps: int
     guidance: float | None
+    seeds: Sequence[int] = (0,)
+    start_step: int = 0
+
+
+@dataclass(frozen=True)
+class FakePrepared:
+    params: FakeResolved
+
+
+@dataclass(frozen=True)
+class FakeDenoised:
+    """Its latents are a number that tells the image and the step."""
+
+    clean: int
+
+    def predicted_clean(self) -> int:
+        return self.clean
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,7 @@ class FakeSlice:
     image_index: int
     step: int
     steps: int
+    denoise_step: FakeDenoised | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +112,12 @@ class Unpackable(Image.Image):
 
 @dataclass
 class FakePipeline:
-    """See the module. ``ran``, ``ended`` and ``abandoned`` hold prompts, in order."""
+    """See the module. ``ran``, ``ended`` and ``abandoned`` hold prompts, in order;
+    ``slices`` holds (prompt, stage, image index, step) of all, ``decoded`` the previews."""
 
     info: FakeModel = field(default_factory=FakeModel)
     runtime: FakeDevice = field(default_factory=FakeDevice)
+    conditioning_cache: FakeCache = field(default_factory=FakeCache)
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     ran: list[str] = field(default_factory=list)
@@ -95,6 +125,11 @@ class FakePipeline:
     abandoned: list[str] = field(default_factory=list)
     warmed: list[tuple[int, int]] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    slices: list[tuple[str, str, int, int]] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+    undecodable: set[int] = field(default_factory=set)
+    # How long each slice takes; a wide picture's four times as long as one of half its side.
+    slice_s_at_512: float = 0.0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -106,43 +141,68 @@ class FakePipeline:
 
     def warm_up(
         self,
-        sizes: Sequence[tuple[int, int]] | None,
+        sizes: Sequence[tuple[int, int]],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        sizes = (OWN_SIZE,) if sizes is None else sizes
         for done, size in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))
             self.warmed.append(size)
 
-    def prepare(self, params: GenerationParams) -> None:
+    def prepare(self, params: GenerationParams) -> FakePrepared:
         if params.prompt == "unfit":
             raise InvalidParamsError("references", "references do not fit this model")
+        return FakePrepared(
+            FakeResolved(
+                width=params.width or self.info.default_side_px,
+                height=params.height or self.info.default_side_px,
+                steps=params.steps or 4,
+                guidance=params.guidance,
+                seeds=[(params.seed or 0) + i for i in range(params.n)],
+            )
+        )
 
     def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
-        prompt = params.prompt
+        prompt, resolved = params.prompt, self.prepare(params).params
         self.threads.add(threading.current_thread().name)
         self.ran.append(prompt)
         self.started.set()
-        steps = params.steps or 4
         try:
-            for step in range(steps + 1):
+            for done in slices_of(resolved):
                 assert self.gate.wait(WAIT_S), "a test left the gate closed"
-                yield FakeSlice("denoise", 0, step, steps)
+                time.sleep(self.slice_s_at_512 * (resolved.width / 512) ** 2)
+                self.slices.append((prompt, done.stage, done.image_index, done.step))
+                yield done
                 _go_wrong(prompt)
         except GeneratorExit:
             self.abandoned.append(prompt)
             raise
         self.ended.append(prompt)
-        width, height = params.width or 64, params.height or 64
-        picture = Image.new("RGB", (width, height), "grey")
+        picture = Image.new("RGB", (resolved.width, resolved.height), "grey")
         return FakeResult(
             images=[Unpackable() if prompt == "unpackable" else picture] * params.n,
-            seeds=[(params.seed or 0) + i for i in range(params.n)],
+            seeds=resolved.seeds,
             timings={"text": 1.0, "denoise": 2.0, "decode": 3.0, "total": 6.0},
             warnings=[],
-            params=FakeResolved(width, height, steps, params.guidance),
+            params=resolved,
         )
+
+    def decode(self, latents: int, width: int, height: int) -> Image.Image:
+        """A picture whose shade is the number."""
+        self.decoded.append(latents)
+        if latents in self.undecodable:
+            raise DeviceFaultError("the device returned a picture of one constant colour")
+        return Image.new("RGB", (width, height), (latents, latents, latents))
+
+
+def slices_of(resolved: FakeResolved) -> Iterator[FakeSlice]:
+    """What a real pipeline yields, in its order."""
+    steps = resolved.steps
+    yield FakeSlice("text", 0, 0, steps)
+    for image in range(len(resolved.seeds)):
+        for step in range(1, steps + 1):
+            yield FakeSlice("denoise", image, step, steps, FakeDenoised(100 * image + step))
+        yield FakeSlice("decode", image, steps, steps)
 
 
 def _go_wrong(prompt: str) -> None:

@@ -16,9 +16,12 @@ FLUXD = (sys.executable, "-c", "from app.cli import main; main()")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without settings of fluxd, and with the ones given."""
+    """This process's environment without settings of fluxd, and with the ones given.
+
+    Without ``FLUXD_DATA_DIR``, nothing is kept on the disk.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLUXD_")}
-    return {**kept, "PYTHONPATH": str(ROOT), **variables}
+    return {**kept, "PYTHONPATH": str(ROOT), "FLUXD_DATA_DIR": "off", **variables}
 
 
 class ServerProcess:

@@ -6,6 +6,7 @@ take about a second; the job ``stuck`` never comes back from its first slice.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -45,7 +46,8 @@ def main() -> int:
     configure_logging("info", "plain")
     engine.LAST_SLICE_S = LAST_SLICE_S
     grace_s = float(sys.argv[1]) if len(sys.argv) > 1 else 30.0
-    settings = Settings(port=0, warm_up_sizes=(), shutdown_grace_s=grace_s)
+    data_dir = os.environ["FLUXD_DATA_DIR"]
+    settings = Settings(port=0, warm_up_sizes=(), shutdown_grace_s=grace_s, data_dir=data_dir)
     return serve(settings, create_engine(settings, loader_of(SlowPipeline())))
 
 

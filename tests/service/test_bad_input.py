@@ -22,7 +22,8 @@ JSON_TYPE = {"Content-Type": "application/json"}
 
 def refusal(client: Any, **fields: Any) -> dict[str, Any]:
     """The error of a request that must be refused, after which the next one must work."""
-    body = {"prompt": "a red fox", "width": 64, "height": 64, **fields}
+    size = {} if {"size", "aspect_ratio"} & fields.keys() else {"width": 64, "height": 64}
+    body = {"prompt": "a red fox", **size, **fields}
     return checked(client, client.post("/v1/generate", content=json.dumps(body), headers=JSON_TYPE))
 
 
@@ -51,7 +52,8 @@ def checked(client: Any, answer: httpx2.Response, status: int = 400) -> dict[str
         ("width", 0, "from 64 to 2048"),
         ("width", -512, "from 64 to 2048"),
         ("width", "512", "must be a valid integer; got '512'"),
-        ("width", 512.0, "must be a valid integer; got 512.0"),
+        ("width", 512.5, "must be a valid integer; got 512.5"),
+        ("width", 1e300, "from 64 to 2048"),
         ("width", True, "must be a valid integer; got True"),
         ("steps", 0, "from 1 to 200; got 0"),
         ("steps", 201, "from 1 to 200; got 201"),
@@ -70,6 +72,21 @@ def checked(client: Any, answer: httpx2.Response, status: int = 400) -> dict[str
         ("output_format", "gif", "must be 'png', 'jpeg' or 'webp'"),
         ("quality", 0, "greater than or equal to 1"),
         ("quality", 101, "less than or equal to 100"),
+        ("size", "64", "size: a size is written WIDTHxHEIGHT"),
+        ("size", "64x70", "size: height must be a multiple of 16"),
+        ("size", "", "size: a size is written WIDTHxHEIGHT"),
+        ("aspect_ratio", "wide", "is written WIDTH:HEIGHT, such as 16:9; got 'wide'"),
+        ("aspect_ratio", "0:9", "is written WIDTH:HEIGHT"),
+        ("aspect_ratio", "16:0.0", "is written WIDTH:HEIGHT"),
+        ("aspect_ratio", "100:1", "5120x48; each side must be from 64 to 2048"),
+        ("megapixels", 1, "megapixels needs aspect_ratio"),
+        ("previews", 11, "from 0 to 10; got 11"),
+        ("previews", -1, "from 0 to 10; got -1"),
+        ("priority", "urgent", "must be 'interactive', 'normal' or 'batch'"),
+        ("timeout_s", 0, "above 0 to 600; got 0"),
+        ("timeout_s", 601, "above 0 to 600; got 601"),
+        ("timeout_s", float("nan"), "must be a finite number"),
+        ("stream", "yes", "must be a valid boolean"),
         ("images", "not a list", "must be a valid array; got str"),
         ("images", [PNG] * 11, "at most 10 images are allowed; got 11"),
         ("mask", PNG, "a mask needs a picture to paint in"),
@@ -83,6 +100,28 @@ def test_a_wrong_value_names_its_field_and_what_is_allowed(
     assert error["code"] == "invalid_value"
     assert says in error["message"]
     assert "secret" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"size": "64x64", "width": 64}, "size", "size does not go with width"),
+        ({"size": "64x64", "height": 64}, "size", "size does not go with height"),
+        ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio", "does not go with width"),
+        ({"aspect_ratio": "1:1", "size": "64x64"}, "aspect_ratio", "does not go with size"),
+        ({"aspect_ratio": "1:1", "megapixels": 0}, "megapixels", "above 0 to 4.1943; got 0"),
+        ({"aspect_ratio": "1:1", "megapixels": 5}, "megapixels", "above 0 to 4.1943; got 5"),
+        ({"aspect_ratio": "1:2", "megapixels": 4}, "aspect_ratio", "is 1408x2832; each side"),
+        ({"aspect_ratio": "1:1", "megapixels": 1e-9}, "aspect_ratio", "is 0x0; each side"),
+        ({"size": "64x64", "images": [PNG], "mask": PNG}, "size", "does not go with a mask"),
+    ],
+)
+def test_a_size_is_given_in_one_way(
+    start: Start, fields: dict[str, Any], param: str, says: str
+) -> None:
+    error = refusal(start(), **fields)
+    assert error["param"] == param
+    assert says in error["message"]
 
 
 def test_giant_sizes_are_refused_for_their_width_first(start: Start) -> None:
@@ -150,12 +189,21 @@ def test_the_pixel_limit_is_a_setting(start: Start) -> None:
     assert "has 64x96 pixels; at most 5000 are allowed" in error["message"]
 
 
+def test_the_byte_limit_is_a_setting(start: Start) -> None:
+    big = Image.effect_noise((64, 64), 60).convert("RGB")
+    error = refusal(
+        start(max_image_bytes=2048), images=[encode(Image.new("L", (64, 64))), encode(big)]
+    )
+    assert error["param"] == "images[1]" and "at most 2048 are allowed" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
         ("widht", "did you mean 'width'?"),
         ("negative", "did you mean 'negative_prompt'?"),
-        ("zzz", "known names: guidance, height, images,"),
+        ("aspect", "did you mean 'aspect_ratio'?"),
+        ("zzz", "known names: aspect_ratio, guidance, height, images,"),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_name(
@@ -193,14 +241,14 @@ def test_a_body_that_is_not_a_json_object_is_refused(start: Start, body: bytes, 
 
 
 @pytest.mark.parametrize(
-    "sent", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None]
+    "sent", ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed", None]
 )
 def test_another_content_type_is_refused(start: Start, sent: str | None) -> None:
     client = start()
     headers = {} if sent is None else {"Content-Type": sent}
     answer = client.post("/v1/generate", content=b'{"prompt": "x"}', headers=headers)
     error = checked(client, answer, 415)
-    assert "Content-Type must be application/json" in error["message"]
+    assert "must be application/json or multipart/form-data; got" in error["message"]
 
 
 def test_json_with_a_charset_is_taken(start: Start) -> None:
@@ -267,6 +315,8 @@ def test_null_means_left_out(start: Start) -> None:
         "strength": None,
         "output_format": None,
         "quality": None,
+        **dict.fromkeys(("size", "aspect_ratio", "megapixels", "stream", "previews")),
+        **dict.fromkeys(("priority", "timeout_s")),
     }
     answer = start(default_width=128, default_height=64).post("/v1/generate", json=body)
     assert answer.status_code == 200

@@ -32,7 +32,8 @@ def client() -> Iterator[TestClient]:
     """The service as it is with no settings but the device."""
     settings = Settings(device="cpu", shutdown_grace_s=0)
     engine = create_engine(settings, pipeline_loader(settings.model, settings))
-    with TestClient(create_app(settings, engine)) as client:
+    app = create_app(settings, engine)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         wait_until(lambda: engine.status().is_ready)
         yield client
 
@@ -40,6 +41,8 @@ def client() -> Iterator[TestClient]:
 def test_health_and_answers_name_it(client: TestClient) -> None:
     health = client.get("/health").json()
     assert (health["model"], health["bundled"]) == ("fluxd-demo", True)
+    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert names == ["fluxd-demo", *Settings().model_aliases]
     answer = client.post("/v1/generate", json={"prompt": "a red circle", "seed": 1})
     assert answer.status_code == 200
     body = answer.json()
@@ -57,6 +60,13 @@ def test_every_size_of_its_range_is_drawn(client: TestClient, width: int, height
     assert answer.status_code == 200, answer.text
     with Image.open(io.BytesIO(answer.content)) as picture:
         assert picture.size == (width, height)
+
+
+def test_shapes_of_pictures_have_the_area_of_its_default_size(client: TestClient) -> None:
+    body = {"prompt": "a blue star", "aspect_ratio": "4:1", "steps": 1}
+    assert client.post("/v1/generate", json=body).json()["params"]["width"] == 512
+    body = {"prompt": "a blue star", "size": "auto", "num_inference_steps": 1}
+    assert client.post("/v1/images/generations", json=body).json()["size"] == "256x256"
 
 
 def test_warming_up_draws_its_own_size() -> None:

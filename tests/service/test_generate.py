@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -74,7 +75,7 @@ def test_json_holds_the_picture_its_seed_and_how_long_it_took(client: TestClient
         "strength": None,
         "n": 1,
     }
-    stages = ("queue", "text", "denoise", "decode", "pack", "total")
+    stages = ("queue", "text", "denoise", "decode", "paused", "pack", "total")
     assert set(body["timings"]) == {f"{stage}_ms" for stage in stages}
     assert all(ms >= 0 for ms in body["timings"].values())
     assert body["timings"]["total_ms"] >= body["timings"]["denoise_ms"]
@@ -200,6 +201,62 @@ def test_power_alpha_has_an_effect_and_is_told(client: TestClient) -> None:
 def test_one_side_is_filled_in_from_the_settings(client: TestClient) -> None:
     assert pictures_of(ask(client, width=128))[0].size == (128, 64)
     assert pictures_of(ask(client, height=128))[0].size == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"size": "96x80"}, (96, 80)),
+        ({"size": "auto"}, (64, 64)),
+        ({"aspect_ratio": "1:1"}, (64, 64)),
+        ({"aspect_ratio": "16:9", "megapixels": 0.0147}, (160, 96)),
+        ({"aspect_ratio": "9:16", "megapixels": 0.0147}, (96, 160)),
+        ({"aspect_ratio": "1.91:1", "megapixels": 0.01}, (144, 80)),
+    ],
+)
+def test_a_size_has_three_ways_to_be_given(
+    client: TestClient, given: dict[str, Any], size: tuple[int, int]
+) -> None:
+    answer = ask(client, **given)
+    assert pictures_of(answer)[0].size == size
+    assert (answer.json()["params"]["width"], answer.json()["params"]["height"]) == size
+
+
+def test_a_shape_holds_for_references_but_not_under_a_mask(client: TestClient) -> None:
+    reference = encode(PICTURE)
+    assert pictures_of(ask(client, images=[reference], size="64x96"))[0].size == (64, 96)
+    assert pictures_of(ask(client, images=[reference], size="auto"))[0].size == PICTURE.size
+    mask = encode(Image.new("L", PICTURE.size, 255))
+    for name, value in (("size", "80x64"), ("aspect_ratio", "5:4")):
+        body = {"prompt": "x", "images": [reference], "mask": mask, name: value}
+        error = error_of(client.post("/v1/generate", json=body))
+        assert error["param"] == name and "does not go with a mask" in error["message"]
+    body = {"prompt": "x", "images": [reference], "mask": mask, "size": "auto"}
+    assert client.post("/v1/generate", json=body).status_code == 200
+
+
+def test_previews_without_a_stream_are_said_to_do_nothing(client: TestClient) -> None:
+    assert ask(client, previews=2).json()["warnings"] == ["previews has no effect without stream"]
+
+
+def test_a_job_too_large_for_memory_is_not_to_be_repeated_and_small_ones_work(
+    client: TestClient, tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = tiny_pipeline.transformer.forward
+
+    def limited(img: torch.Tensor, *others: Any) -> torch.Tensor:
+        if img.shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+        return forward(img, *others)
+
+    monkeypatch.setattr(tiny_pipeline.transformer, "forward", limited)
+    for _ in range(2):
+        answer = client.post("/v1/generate", json={"prompt": "x", "width": 256, "height": 256})
+        assert answer.status_code == 507
+        assert error_of(answer)["code"] == "out_of_memory"
+        assert answer.headers["x-should-retry"] == "false"
+        assert pictures_of(ask(client, width=64, height=64))[0].size == (64, 64)
+    assert client.get("/health").status_code == 200
 
 
 def test_a_large_body_is_parsed_as_a_small_one(client: TestClient) -> None:

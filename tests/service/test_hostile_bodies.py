@@ -10,17 +10,19 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from app.api.input_pictures import decode_pictures
+from app.api.input_pictures import PictureLimits, decode_pictures
 from app.api.negotiation import choose_answer
-from app.api.schemas import parse_generate
+from app.api.schemas import GenerateRequest, parse_generate
 from app.errors import InvalidRequestError, ServiceError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
 from fluxcore.pipeline.pictures import fit_reference
 
+LIMITS = PictureLimits(max_bytes=20_000_000, max_pixels=10_000_000)
+
 
 def _refused(body: bytes) -> ServiceError:
     with pytest.raises(ServiceError) as caught:
-        parse_generate(body)
+        parse_generate(body, GenerateRequest)
     return caught.value
 
 
@@ -51,7 +53,7 @@ def test_many_faults_cost_no_more_than_one(body: bytes) -> None:
 def test_text_that_is_no_ascii_is_no_base64() -> None:
     for text in ("中" * 100_000, "é" * 10, "data:image/png;base64,é"):
         with pytest.raises(InvalidRequestError, match="base64") as caught:
-            decode_pictures([text], None, 10_000)
+            decode_pictures([text], None, LIMITS)
         assert caught.value.param == "images[0]"
 
 
@@ -60,7 +62,7 @@ def test_waiting_references_hold_what_the_model_sees_and_no_more() -> None:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     text = base64.b64encode(file.getvalue()).decode()
-    (shrunk,) = decode_pictures([text], None, 10_000_000).references
+    (shrunk,) = decode_pictures([text], None, LIMITS).references
     assert shrunk.width * shrunk.height <= LARGEST_REFERENCE_AREA
     assert fitted_size(shrunk) == fitted_size(picture)
     assert fit_reference(shrunk).tobytes() == fit_reference(picture).tobytes()

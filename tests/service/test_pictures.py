@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.api.input_pictures import decode_pictures
+from app.api.input_pictures import PictureLimits, decode_pictures
 from app.engine.pictures import PictureError, read_mask, read_picture
 
 LIMIT = 1_000_000
@@ -212,6 +212,8 @@ def test_a_mask_that_marks_nothing_is_refused(picture: Image.Image, rule: str) -
 def test_base64_comes_bare_or_as_a_data_url_and_with_line_breaks(head: str) -> None:
     text = base64.encodebytes(file_of(Image.new("RGB", (20, 10), RED))).decode()
     assert "\n" in text
-    decoded = decode_pictures([head + text.replace("\n", "\r\n")], None, LIMIT)
+    decoded = decode_pictures(
+        [head + text.replace("\n", "\r\n")], None, PictureLimits(LIMIT, LIMIT)
+    )
     assert decoded.references[0].size == (20, 10)
     assert decoded.mask is None

@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.jobs.files import JobFiles
+from app.main import listen
 from tests.service.conftest import PATIENCE_S, Later, error_of, wait_until
 from tests.service.processes import FLUXD, ServerProcess
 
@@ -38,7 +40,8 @@ def test_a_signal_finishes_the_running_job_and_exits_0(number: int) -> None:
         wait_ready(url)
         first = Later(lambda: generate(url, "first", steps=10))
         wait_until(lambda: running(url) == 1)
-        second = Later(lambda: generate(url, "second"))
+        # Longer than the first, so that it waits.
+        second = Later(lambda: generate(url, "second", steps=50))
         wait_until(lambda: httpx2.get(f"{url}/health").json()["queue_depth"] == 1)
         server.signal(number)
         assert error_of(second.answer())["code"] == "shutting_down"
@@ -113,3 +116,23 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tiny_checkpoint: Path) 
             assert server.output.startswith(f"fluxd: cannot listen on 127.0.0.1 port {port}: ")
             assert "--port" in server.output
         assert time.monotonic() - started_s < PATIENCE_S
+
+
+def test_a_data_directory_in_use_is_said_before_anything_is_loaded(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    held = JobFiles(tmp_path)
+    command = (*FLUXD, "serve", "--model", str(tiny_checkpoint), "--port", "0")
+    with ServerProcess(*command, FLUXD_DATA_DIR=str(tmp_path)) as server:
+        assert server.status() == 2
+        (line,) = [line for line in server.lines if line.startswith("fluxd: ")]
+        assert line.startswith(f"fluxd: data_dir {tmp_path}: is in use by another fluxd; ")
+        assert "data_dir=off" in line and "Traceback" not in server.output
+    held.close()
+
+
+def test_answers_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -10,10 +10,9 @@ import time
 import httpx2
 import pytest
 
-from app.engine.jobs import Job
-from app.engine.packing import Packing
-from app.engine.scheduler import FIRST_GUESS_S, LONGEST_WAIT_S, Scheduler
-from app.errors import QueueFullError
+from app.engine import JobOptions, Packing
+from app.engine.admission import LONGEST_WAIT_S
+from app.errors import ClientLeftError, JobTimeoutError
 from fluxcore.params import GenerationParams
 from tests.service.conftest import PATIENCE_S, Live, StartLive, error_of, wait_until
 from tests.service.fake_pipeline import FakePipeline
@@ -37,6 +36,68 @@ def test_jobs_run_in_order_on_one_thread(start_live: StartLive) -> None:
     assert [later.answer().status_code for later in answers] == [200] * 4
     assert pipeline.ended == ["first", "second", "third", "fourth"]
     assert len(pipeline.threads) == 1
+
+
+def test_a_short_job_passes_a_long_one_after_one_step(start_live: StartLive) -> None:
+    pipeline = FakePipeline(slice_s_at_512=0.01)
+    engine = start_live(pipeline).engine
+    long = engine.submit(
+        GenerationParams(prompt="long", width=512, height=512, steps=50), Packing(), "req-long"
+    )
+    wait_until(lambda: len(pipeline.slices) > 10)
+    short = engine.submit(
+        GenerationParams(prompt="short", width=256, height=256, steps=4), Packing(), "req-short"
+    )
+    accepted = len(pipeline.slices)
+    outcome = short.future.result(PATIENCE_S)
+    assert not long.is_settled
+    since = [prompt for prompt, *_ in pipeline.slices[accepted:]]
+    before_the_end = since[: len(since) - since[::-1].index("short")]
+    assert before_the_end.count("short") == 6
+    assert before_the_end.count("long") <= 1
+    assert outcome.timings_ms["paused"] < outcome.timings_ms["total"]
+    # The long one goes on where it stood, and says how long it stood.
+    long_timings = long.future.result(PATIENCE_S).timings_ms
+    slices = [(stage, step) for prompt, stage, _, step in pipeline.slices if prompt == "long"]
+    assert slices == [("text", 0), *(("denoise", i + 1) for i in range(50)), ("decode", 50)]
+    assert long_timings["paused"] >= 6 * 2.5
+
+
+def test_a_job_in_flight_that_is_cancelled_ends_while_another_runs(start_live: StartLive) -> None:
+    pipeline = FakePipeline(slice_s_at_512=0.005)
+    engine = start_live(pipeline).engine
+    long = engine.submit(
+        GenerationParams(prompt="long", width=512, height=512, steps=100), Packing(), "req-long"
+    )
+    wait_until(lambda: len(pipeline.slices) > 5)
+    middle = engine.submit(
+        GenerationParams(prompt="middle", width=512, height=512, steps=50), Packing(), "req-middle"
+    )
+    wait_until(lambda: "middle" in pipeline.ran)
+    engine.cancel(long, ClientLeftError("gone"))
+    with pytest.raises(ClientLeftError):
+        long.future.result(PATIENCE_S)
+    assert pipeline.abandoned == ["long"]
+    assert not middle.is_settled
+    assert middle.future.result(PATIENCE_S).pictures
+
+
+def test_a_deadline_ends_a_job_wherever_it_stands(start_live: StartLive) -> None:
+    live, pipeline = blocked(start_live)
+    engine = live.engine
+    running = engine.submit(
+        GenerationParams(prompt="running"), Packing(), "req-1", JobOptions(deadline_s=0.05)
+    )
+    pipeline.started.wait()
+    waiting = engine.submit(
+        GenerationParams(prompt="waiting"), Packing(), "req-2", JobOptions(deadline_s=0.05)
+    )
+    time.sleep(0.1)
+    pipeline.gate.set()
+    for job in (running, waiting):
+        with pytest.raises(JobTimeoutError, match="deadline"):
+            job.future.result(PATIENCE_S)
+    assert pipeline.ran == pipeline.abandoned == ["running"]
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(start_live: StartLive) -> None:
@@ -86,7 +147,7 @@ def test_a_client_that_leaves_stops_its_running_job(start_live: StartLive) -> No
     connection = send_only(live, "left")
     pipeline.started.wait()
     connection.close()
-    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    wait_until(lambda: live.engine._scheduler.active[0].cancelled is not None)
     pipeline.gate.set()
     wait_until(lambda: pipeline.abandoned == ["left"])
     assert live.generate("next").status_code == 200
@@ -161,6 +222,19 @@ def test_out_of_memory_frees_memory_and_is_not_to_be_repeated(start_live: StartL
     assert live.pipeline.runtime.released == 1
     assert live.generate("next").status_code == 200
     assert live.pipeline.runtime.released == 1
+
+
+def test_out_of_memory_of_one_job_leaves_those_beside_it_alone(start_live: StartLive) -> None:
+    pipeline = FakePipeline(slice_s_at_512=0.005)
+    live = start_live(pipeline)
+    long = live.generate_later("long", width=512, height=512, steps=50)
+    wait_until(lambda: len(pipeline.slices) > 5)
+    failed = live.generate("oom", width=256, height=256)
+    assert (failed.status_code, failed.headers["x-should-retry"]) == (507, "false")
+    assert live.generate("small", width=64, height=64).status_code == 200
+    assert long.answer().status_code == 200
+    assert pipeline.runtime.released == 1
+    assert pipeline.ended == ["small", "long"]
 
 
 def test_a_device_fault_shows_in_health_until_a_picture_comes_out(start_live: StartLive) -> None:
@@ -242,7 +316,7 @@ def test_a_job_that_outlives_the_grace_is_cancelled(start_live: StartLive) -> No
     first = live.generate_later("first")
     pipeline.started.wait()
     live.server.should_exit = True
-    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    wait_until(lambda: live.engine._scheduler.active[0].cancelled is not None)
     pipeline.gate.set()
     answer = first.answer()
     assert (answer.status_code, error_of(answer)["code"]) == (503, "shutting_down")
@@ -256,7 +330,7 @@ def test_a_second_signal_cuts_the_grace_short(start_live: StartLive) -> None:
     live.server.handle_exit(15, None)
     wait_until(lambda: live.engine.status().state == "draining")
     live.server.handle_exit(15, None)
-    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    wait_until(lambda: live.engine._scheduler.active[0].cancelled is not None)
     pipeline.gate.set()
     assert first.answer().status_code == 503
 
@@ -276,63 +350,6 @@ def test_a_slice_that_never_ends_does_not_hold_up_the_end(
     assert live.engine._worker.join(60.0)
 
 
-def new_job() -> Job:
-    return Job(GenerationParams(prompt="x"), Packing(), "req")
-
-
-def retry_after_s(scheduler: Scheduler) -> float:
-    with pytest.raises(QueueFullError) as refused:
-        scheduler.admit(new_job())
-    return float(refused.value.headers["Retry-After"])
-
-
-def run_one(scheduler: Scheduler, took_s: float) -> None:
-    job = scheduler.take()
-    assert job is not None
-    job.started_s = time.monotonic() - took_s
-    scheduler.finished(job, is_measured=True)
-
-
-def test_the_wait_follows_the_measured_rate_and_those_refused_before() -> None:
-    scheduler = Scheduler(1)
-    scheduler.admit(new_job())
-    assert retry_after_s(scheduler) == FIRST_GUESS_S
-    run_one(scheduler, took_s=20.0)
-    scheduler.admit(new_job())
-    # Each client that is turned away is given a slot of its own.
-    assert [retry_after_s(scheduler) for _ in range(3)] == pytest.approx([20, 40, 60], abs=1.1)
-    for _ in range(10):
-        retry_after_s(scheduler)
-    assert retry_after_s(scheduler) == LONGEST_WAIT_S
-
-
-def test_the_wait_counts_how_far_the_running_job_has_come() -> None:
-    scheduler = Scheduler(1)
-    scheduler.admit(new_job())
-    run_one(scheduler, took_s=20.0)
-    scheduler.admit(new_job())
-    running = scheduler.take()
-    assert running is not None
-    running.start()
-    assert running.started_s is not None
-    running.started_s -= 15.0
-    scheduler.admit(new_job())
-    assert retry_after_s(scheduler) == pytest.approx(5, abs=1.1)
-
-
-def test_refused_clients_are_forgotten_as_slots_come_free() -> None:
-    scheduler = Scheduler(2)
-    for _ in range(2):
-        scheduler.admit(new_job())
-    for _ in range(5):
-        retry_after_s(scheduler)
-    run_one(scheduler, took_s=10.0)
-    run_one(scheduler, took_s=10.0)
-    for _ in range(2):
-        scheduler.admit(new_job())
-    assert retry_after_s(scheduler) == pytest.approx(10, abs=1.1)
-
-
 def test_cancelled_jobs_leave_no_trace_in_the_log_but_one_line(
     start_live: StartLive, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,7 +358,7 @@ def test_cancelled_jobs_leave_no_trace_in_the_log_but_one_line(
     connection = send_only(live, "left")
     pipeline.started.wait()
     connection.close()
-    wait_until(lambda: live.engine._scheduler.running.cancelled is not None)
+    wait_until(lambda: live.engine._scheduler.active[0].cancelled is not None)
     pipeline.gate.set()
     wait_until(lambda: live.engine.is_idle)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("app.eng")]

@@ -78,12 +78,12 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("port", 70_000, "less than or equal to 65535; got 70000"),
         ("port", -1, "greater than or equal to 0"),
         ("queue_limit", 0, "greater than or equal to 1"),
-        ("queue_limit", 10_001, "less than or equal to 10000"),
+        ("queue_limit", 1_001, "less than or equal to 1000"),
         ("device", "gpu", "should be auto, cpu, mps, cuda or cuda:N; got 'gpu'"),
         ("device", "cuda:x", "should be auto"),
         ("dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
-        ("log_format", "xml", "'auto', 'human' or 'plain'"),
+        ("log_format", "xml", "'auto', 'human', 'plain' or 'json'"),
         ("default_width", 500, "multiple of 16 from 64 to 2048; got 500 (nearest: 496, 512)"),
         ("max_body_bytes", "many", "ould"),
         ("max_body_bytes", 10, "greater than or equal to 1024"),
@@ -95,6 +95,13 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("request_timeout_s", "nan", "finite"),
         ("shutdown_grace_s", -1, "greater than or equal to 0"),
         ("host", "", "at least 1 character"),
+        ("data_dir", "", "at least 1 character"),
+        ("webhook_hosts", "*", "name the hosts"),
+        ("webhook_hosts", "http://a", "a host is NAME"),
+        ("webhook_networks", "lan", "a network is ADDRESS"),
+        ("job_limit", 0, "greater than or equal to 1"),
+        ("job_retention_s", "inf", "finite"),
+        ("job_storage_bytes", 1, "greater than or equal to"),
     ],
 )
 def test_values_out_of_range_say_what_is_allowed(name: str, value: Any, says: str) -> None:
@@ -152,6 +159,15 @@ def test_text_values_of_the_environment_become_sizes_and_bytes() -> None:
 )
 def test_loopback_is_recognised(host: str, is_loopback: bool) -> None:
     assert Settings(host=host).is_loopback is is_loopback
+
+
+def test_the_data_directory_is_one_for_each_port_or_named_or_off(tmp_path: Path) -> None:
+    first, second = Settings(port=1).data_path, Settings(port=2).data_path
+    assert first is not None and second is not None
+    assert first.is_absolute() and first != second and first.parent.name == "fluxd"
+    assert Settings(data_dir=str(tmp_path)).data_path == tmp_path
+    assert Settings(data_dir="~/jobs").data_path == Path.home() / "jobs"
+    assert Settings(data_dir="off").data_path is None
 
 
 def test_the_printed_settings_are_a_settings_file(config: Path, tmp_path: Path) -> None:

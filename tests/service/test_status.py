@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from fastapi import Query
@@ -13,13 +14,9 @@ from app.main import create_app, create_engine, serve
 from app.settings import Settings
 from fluxcore.version import __version__
 from tests.service.conftest import Start, StartLive, error_of, settings_for_tests, wait_until
-from tests.service.fake_pipeline import (
-    OWN_SIZE,
-    FakePipeline,
-    failing_loader,
-    loader_of,
-    slow_loader,
-)
+from tests.service.fake_pipeline import FakePipeline, failing_loader, loader_of, slow_loader
+
+KEY_ENTRY = f"alice:{'0' * 64}"
 
 
 def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive) -> None:
@@ -38,9 +35,12 @@ def test_ready_says_how_far_loading_has_come_and_then_yes(start_live: StartLive)
         assert health.status_code == 200
         assert (health.json()["model"], health.json()["bundled"]) == (None, None)
 
-        refused = client.post("/v1/generate", json={"prompt": "too early"})
-        assert (refused.status_code, error_of(refused)["code"]) == (503, "loading")
-        assert int(refused.headers["retry-after"]) >= 1
+        # The second one's size depends on the model.
+        for body in ({"prompt": "too early"}, {"prompt": "too early", "aspect_ratio": "2:1"}):
+            refused = client.post("/v1/generate", json=body)
+            assert (refused.status_code, error_of(refused)["code"]) == (503, "loading")
+            assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/v1/models").json()["data"][0]["id"] == "fluxd-demo", "what is loaded"
 
         gate.set()
         wait_until(lambda: client.get("/ready").status_code == 200)
@@ -66,7 +66,7 @@ def test_the_configured_sizes_are_drawn_before_ready(start: Start) -> None:
 
     pipeline = FakePipeline()
     start(pipeline, warm_up_sizes=Settings().warm_up_sizes)
-    assert pipeline.warmed == [OWN_SIZE], "by default the size that the model draws by default"
+    assert pipeline.warmed == [(64, 64)], "by default the size that the model draws by default"
 
 
 def test_health_tells_what_runs_where(start: Start) -> None:
@@ -98,6 +98,40 @@ def test_health_fails_when_the_worker_has_died(start: Start) -> None:
     assert later.headers["x-should-retry"] == "false"
 
 
+def test_health_notices_a_worker_that_does_not_come_back(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start_live()
+    live.pipeline.close_gate()
+    later = live.generate_later("stuck")
+    live.pipeline.started.wait()
+    with live.client() as client:
+        # Within the bound, a long slice is nothing to worry about.
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr("app.engine.worker.UNMEASURED_STALL_S", 0.0)
+        stalled = client.get("/health")
+        assert stalled.status_code == 503
+        assert stalled.json()["status"] == "failed"
+        assert error_of(stalled)["code"] == "engine_dead"
+        assert client.get("/ready").status_code == 503
+        live.pipeline.gate.set()
+        assert later.answer().status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
+        # Once slices have been measured, the bound follows from what they take.
+        live.pipeline.close_gate()
+        later = live.generate_later("stuck again")
+        live.pipeline.started.wait()
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr("app.engine.worker.LEAST_STALL_S", 0.0)
+        monkeypatch.setattr("app.engine.worker.STALL_FACTOR", 1e-9)
+        assert client.get("/health").status_code == 503
+        monkeypatch.setattr("app.engine.worker.STALL_FACTOR", 1e9)
+        assert client.get("/health").status_code == 200
+        live.pipeline.gate.set()
+        assert later.answer().status_code == 200
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_for_tests(port=0)
     assert serve(settings, create_engine(settings, failing_loader)) == 1
@@ -121,15 +155,25 @@ def test_a_warm_up_that_fails_ends_the_service(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("host", "is_warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)]
+    ("given", "says"),
+    [
+        ({}, None),
+        ({"host": "localhost"}, None),
+        ({"host": "0.0.0.0"}, "WITHOUT API KEYS: everyone who can reach"),
+        ({"host": "0.0.0.0", "api_keys": (KEY_ENTRY,)}, "travel unencrypted"),
+        ({"cors_origins": ("*",)}, "every web page that is open"),
+        ({"cors_origins": ("*",), "api_keys": (KEY_ENTRY,)}, None),
+        ({"allowed_hosts": ("*",)}, "DNS rebinding"),
+    ],
 )
-def test_an_open_address_is_warned_of(
-    caplog: pytest.LogCaptureFixture, host: str, is_warned: bool
+def test_open_doors_are_warned_of(
+    caplog: pytest.LogCaptureFixture, given: dict[str, Any], says: str | None
 ) -> None:
-    settings = settings_for_tests(host=host, port=0)
+    settings = settings_for_tests(port=0, **{"allowed_hosts": (), **given})
     serve(settings, create_engine(settings, failing_loader))
-    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert any("everyone who can reach" in w.getMessage() for w in warnings) is is_warned
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (says is not None)
+    assert says is None or says in warnings[0]
 
 
 def test_the_index_lists_the_routes_that_there_are(start: Start) -> None:
@@ -185,7 +229,7 @@ def test_a_bug_in_a_route_is_answered_without_its_traceback(
 ) -> None:
     pipeline = FakePipeline()
     settings = settings_for_tests()
-    app = create_app(settings, Engine(loader_of(pipeline), queue_limit=1))
+    app = create_app(settings, Engine(loader_of(pipeline)))
 
     @app.get("/broken")
     async def broken() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 
@@ -61,6 +62,12 @@ def test_a_message_cannot_forge_a_line() -> None:
     assert "\r" not in text
 
 
+def test_a_message_cannot_command_the_terminal() -> None:
+    text = logged("plain", io.StringIO(), "/\x1b]0;owned\x07\x9b31m\tpath")
+    assert r"/\x1b]0;owned\x07\x9b31m" in text and "\t" in text
+    assert "\x1b" not in text and "\x9b" not in text
+
+
 def test_the_level_is_kept_and_tracebacks_follow() -> None:
     stream = io.StringIO()
     configure_logging("warning", "plain", stream)
@@ -96,6 +103,37 @@ def test_each_job_leaves_one_info_line_without_its_prompt(start_live: StartLive)
         assert re.search(rf" {stage}_ms=\d+\.\d", line)
     assert "peak_bytes=12345" in line
     assert "job failed code=internal_error" in text
+
+
+def test_json_lines_hold_the_fields_under_their_own_names(start_live: StartLive) -> None:
+    stream = io.StringIO()
+    live = start_live()
+    configure_logging("info", "json", stream)
+    live.generate("a private fox", seed=7, steps=3, width=128, height=64)
+    live.generate("fail")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert "private" not in stream.getvalue()
+    (done,) = [line for line in lines if line["message"] == "job done"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", done["time"])
+    assert (done["level"], done["logger"]) == ("info", "app.engine.engine")
+    assert done["request_id"].startswith("req_")
+    assert (done["size"], done["seed"], done["cache_hit"]) == ("128x64", 7, False)
+    assert isinstance(done["denoise_ms"], float)
+    (failed,) = [line for line in lines if line["message"] == "job failed"]
+    assert failed["code"] == "internal_error" and failed["level"] == "warning"
+    (broken,) = [line for line in lines if "traceback" in line]
+    assert "RuntimeError" in broken["traceback"]
+    assert broken["request_id"] == failed["request_id"]
+
+
+def test_a_field_cannot_take_the_place_of_another() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    logger = logging.getLogger("app.test")
+    telemetry.log_event(logger, logging.INFO, "x", {"time": 1, "own": (1, 2)}, request_id="req_7")
+    line = json.loads(stream.getvalue())
+    assert line["time"] != 1
+    assert (line["message"], line["own"], line["request_id"]) == ("x", [1, 2], "req_7")
 
 
 def test_prompts_are_logged_at_debug(start: Start) -> None:

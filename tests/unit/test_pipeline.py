@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,26 @@ def test_jobs_can_take_turns(pipe: FluxPipeline) -> None:
                 del waiting[i]
             assert not torch.is_inference_mode_enabled()
     assert [found[i] for i in range(3)] == expected
+
+
+def test_the_times_of_a_job_leave_out_what_runs_between_its_slices(pipe: FluxPipeline) -> None:
+    """A job's stages lie within its own slices, whatever another job does meanwhile."""
+    own_s, results = [0.0, 0.0], []
+    runs = [pipe.run(params(steps=3, seed=1)), pipe.run(params(steps=3, seed=2))]
+    while len(results) < 2:
+        for i, run in enumerate(runs):
+            began_s = time.perf_counter()
+            try:
+                next(run)
+            except StopIteration as end:
+                results.append(end.value)
+            own_s[i] += time.perf_counter() - began_s
+            time.sleep(0.02)
+    for result, spent_s in zip(results, own_s, strict=True):
+        assert 0 < result.timings["total"] <= spent_s * 1000
+        assert result.timings["total"] == pytest.approx(
+            sum(ms for stage, ms in result.timings.items() if stage != "total")
+        )
 
 
 def test_a_job_may_run_on_another_thread_than_the_one_that_loaded(pipe: FluxPipeline) -> None:

@@ -1,0 +1,196 @@
+"""Request bodies: JSON, or a form with files in it, to a checked model and its pictures.
+
+Owns which media types are read and what a part of a form is: a field, a picture or
+something unknown. The pictures stay undecoded here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import anyio.to_thread
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
+from starlette.datastructures import UploadFile
+
+from app.api.errors import from_problems
+from app.errors import InvalidRequestError, MediaTypeError, ServiceError
+
+JSON_TYPE = "application/json"
+FORM_TYPE = "multipart/form-data"
+# Bodies up to this size are parsed on the event loop; it takes well under a millisecond.
+SMALL_BODY_BYTES = 64 * 1024
+# Parts of one form. The routes allow far fewer pictures; this bounds the parser.
+MAX_FORM_PARTS = 128
+# Some clients number their pictures, some say that there may be several, some do neither.
+_REFERENCE_PART = re.compile(r"images?(\[[0-9]{0,3}\])?")
+_WHOLE_TEXT = re.compile(r"-?[0-9]{1,40}(\.0{1,3})?")
+# The context of values that are read from their text.
+_AS_TEXT = {"is_text": True}
+# A file that was sent without a file name arrives as text, its bytes read as latin-1.
+_FILE_STARTS = ("\x89PNG", "\xff\xd8\xff", "RIFF")
+
+# A picture as it came: the bytes of a file, or base64, a data URL or an address.
+Source = str | bytes
+
+
+def _whole(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if info.context is _AS_TEXT and isinstance(value, str) and _WHOLE_TEXT.fullmatch(value):
+        return int(value.partition(".")[0])
+    return value
+
+
+# JSON knows one kind of number: 512.0 is an integer, as some languages write it.
+Whole = Annotated[int, BeforeValidator(_whole)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(slots=True)
+class Form:
+    """A form. ``fields`` holds text; ``unknown_files`` the names of files that are no picture,
+    ``repeated`` those of text that came more than once."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    references: list[Source] = field(default_factory=list)
+    mask: Source | None = None
+    unknown_files: list[str] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
+
+
+def media_type(request: Request) -> str:
+    """The body's media type, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_json(request: Request) -> None:
+    """Refuse what is not JSON.
+
+    Raises:
+        MediaTypeError: with what would do.
+    """
+    if media_type(request) != JSON_TYPE:
+        raise _other_type(request, JSON_TYPE)
+
+
+def check_form(request: Request) -> None:
+    """Refuse what is not a form.
+
+    Raises:
+        MediaTypeError: with what would do.
+    """
+    if media_type(request) != FORM_TYPE:
+        raise _other_type(request, FORM_TYPE)
+
+
+def is_form(request: Request) -> bool:
+    """Whether the body is a form; else it is JSON.
+
+    Raises:
+        MediaTypeError: it is neither.
+    """
+    kind = media_type(request)
+    if kind not in (JSON_TYPE, FORM_TYPE):
+        raise _other_type(request, f"{JSON_TYPE} or {FORM_TYPE}")
+    return kind == FORM_TYPE
+
+
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """A JSON body, checked.
+
+    Raises:
+        InvalidRequestError: naming the first field that is wrong.
+    """
+    body = await request.body()
+    if len(body) <= SMALL_BODY_BYTES:
+        return parse_json(body, model)
+    return await anyio.to_thread.run_sync(parse_json, body, model)
+
+
+def parse_json(body: bytes, model: type[Model]) -> Model:
+    """See ``read_json``."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _first_problem(error, model) from None
+
+
+def parse_fields(form: Form, model: type[Model]) -> Model:
+    """The text fields of a form, checked; numbers and truth values are read from their text.
+
+    Raises:
+        InvalidRequestError: naming the first field that is wrong.
+    """
+    for name in model.model_fields:
+        if name in form.unknown_files:
+            raise InvalidRequestError(
+                f"{name} must be text, and came as a file (with curl: -F '{name}=<FILE')",
+                param=name,
+            )
+        if name in form.repeated:
+            raise InvalidRequestError(f"{name} must be sent once", param=name)
+    try:
+        return model.model_validate_strings(dict(form.fields), context=_AS_TEXT)
+    except ValidationError as error:
+        raise _first_problem(error, model) from None
+
+
+async def read_form(request: Request, max_bytes: int) -> Form:
+    """A form with its pictures. An empty field is an absent one.
+
+    The pictures are known by the parts' names; what a part says of its type and what its
+    file is called are not looked at.
+
+    Args:
+        max_bytes: most bytes of one text part; a picture may come as base64.
+
+    Raises:
+        InvalidRequestError: it is no sound form.
+    """
+    form = Form()
+    async with request.form(
+        max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS, max_part_size=max_bytes
+    ) as parts:
+        for name, value in parts.multi_items():
+            content = await value.read() if isinstance(value, UploadFile) else value
+            # An input that was left empty: a browser sends it all the same.
+            if not content and not (isinstance(value, UploadFile) and value.filename):
+                continue
+            if _REFERENCE_PART.fullmatch(name):
+                form.references.append(_picture(content))
+            elif name == "mask":
+                if form.mask is not None:
+                    raise InvalidRequestError("mask must be sent once", param="mask")
+                form.mask = _picture(content)
+            elif isinstance(content, bytes):
+                form.unknown_files.append(name)
+            else:
+                if name in form.fields:
+                    form.repeated.add(name)
+                form.fields[name] = content
+    return form
+
+
+def _picture(content: Source) -> Source:
+    if isinstance(content, str) and content.startswith(_FILE_STARTS):
+        try:
+            return content.encode("latin-1")
+        except UnicodeEncodeError:
+            return content
+    return content
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> ServiceError:
+    problems: list[Any] = list(error.errors(include_url=False, include_context=False))
+    return from_problems(problems, model.model_fields)
+
+
+def _other_type(request: Request, allowed: str) -> MediaTypeError:
+    sent = request.headers.get("content-type", "")
+    hint = "-F name=value" if allowed == FORM_TYPE else f"-H 'Content-Type: {JSON_TYPE}'"
+    return MediaTypeError(
+        f"Content-Type must be {allowed}; got {sent[:80] or 'none'} (with curl: {hint})"
+    )

@@ -1,0 +1,112 @@
+"""From a checked request to a job and its outcome: what all routes that draw share.
+
+Owns the order in which a request is judged: its cheap fields, then whether there is
+room, then its pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import anyio
+import anyio.to_thread
+from fastapi import Request
+
+from app.api.bodies import Source
+from app.api.event_stream import EventStream
+from app.api.input_pictures import InputPictures, PictureLimits, decode_pictures
+from app.api.job_events import Narrator, job_events
+from app.api.security.remote import RemotePictures
+from app.api.waiting import outcome_of
+from app.engine import Engine, Job, JobOptions, JobOutcome, Packing
+from app.engine.jobs import DEFAULT_OPTIONS
+from app.errors import InvalidRequestError
+from app.settings import Settings
+from fluxcore.params import GenerationParams
+
+# Pictures of different requests that are decoded at a time: bounds memory and threads.
+DECODING_THREADS = 2
+
+
+class Drawing:
+    """The engine and the settings, as the routes use them."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self._limits = PictureLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._remote = RemotePictures(settings)
+        self._decoding = anyio.Semaphore(DECODING_THREADS)
+
+    async def pictures(
+        self,
+        request: Request,
+        references: Sequence[Source],
+        mask: Source | None,
+        name: str = "images",
+    ) -> InputPictures:
+        """Decode a request's pictures, if there is room for a job of its client; see ``decode``.
+
+        Raises:
+            InvalidRequestError: naming the picture that cannot be used.
+            ServiceError: no job is taken now.
+        """
+        self._check_count(references, name)
+        if references or mask is not None:
+            # Else there is nothing to spare, and the whole request can be judged.
+            self.engine.check_admission(request.state.client)
+        return await self.decode(references, mask, name)
+
+    async def decode(
+        self, references: Sequence[Source], mask: Source | None, name: str = "images"
+    ) -> InputPictures:
+        """Decode a request's pictures.
+
+        Args:
+            name: what the request calls its references.
+
+        Raises:
+            InvalidRequestError: naming the picture that cannot be used.
+        """
+        self._check_count(references, name)
+        if not references and mask is None:
+            return InputPictures((), None)
+        references, mask = await self._remote.fetch_all(references, mask, name)
+        async with self._decoding:
+            return await anyio.to_thread.run_sync(
+                decode_pictures, references, mask, self._limits, name
+            )
+
+    def _check_count(self, references: Sequence[Source], name: str) -> None:
+        allowed = self.settings.max_references
+        if len(references) > allowed:
+            raise InvalidRequestError(
+                f"at most {allowed} images are allowed; got {len(references)}", param=name
+            )
+
+    def submit(
+        self,
+        request: Request,
+        params: GenerationParams,
+        packing: Packing,
+        options: JobOptions = DEFAULT_OPTIONS,
+    ) -> Job:
+        """Accept the request as a job of the client that asks, or refuse it.
+
+        Raises:
+            InvalidParamsError: it does not fit the loaded model.
+            ServiceError: no job is taken now.
+        """
+        options = dataclasses.replace(options, client=request.state.client)
+        return self.engine.submit(params, packing, request.state.request_id, options)
+
+    async def outcome(self, request: Request, job: Job) -> JobOutcome:
+        """Wait for the job; see ``outcome_of``."""
+        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
+        return await outcome_of(request, self.engine, job, timeout_s)
+
+    def stream(self, job: Job, narrator: Narrator) -> EventStream:
+        """The job's events as an answer."""
+        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
+        return EventStream(job_events(self.engine, job, narrator, timeout_s))

@@ -1,0 +1,148 @@
+"""``/v1/images/generations``, ``/edits`` and ``/variations``, with and without ``/v1``."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+
+from app.api.bodies import (
+    JSON_TYPE,
+    Source,
+    check_form,
+    check_json,
+    is_form,
+    parse_fields,
+    read_form,
+    read_json,
+)
+from app.api.documents import (
+    EVENTS_CONTENT,
+    FILE_SCHEMA,
+    FILES_SCHEMA,
+    JOB_ERRORS,
+    Responses,
+    errors,
+    form_body,
+    form_schema,
+    json_body,
+    json_or_form_body,
+)
+from app.api.drawing import Drawing
+from app.api.event_stream import EVENTS_TYPE
+from app.api.openai.answers import ImagesAnswer, images_json
+from app.api.openai.events import ImageNarrator, Kind
+from app.api.openai.fields import EditForm, EditRequest, ImagesRequest, VariationForm
+from app.api.openai.models import ModelNames
+from app.api.openai.reading import read_fields, with_pictures
+from app.api.picture_links import PictureLinks, address_of
+from app.engine import JobOptions
+from app.errors import InvalidRequestError, MissingParameterError
+
+
+def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> APIRouter:
+    """The routes, bound to an engine."""
+    router = APIRouter()
+
+    async def generations(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        check_json(request)
+        return await draw(
+            request,
+            await read_json(request, ImagesRequest),
+            kind="image_generation",
+            needs_picture=False,
+        )
+
+    async def edits(request: Request) -> Response:
+        """Draw pictures from a prompt and pictures, or draw the part under a mask again."""
+        if is_form(request):
+            form = await read_form(request, drawing.settings.max_body_bytes)
+            fields = parse_fields(form, EditForm)
+            return await draw(request, fields, form.references, form.mask)
+        asked = await read_json(request, EditRequest)
+        references, mask = asked.sources()
+        return await draw(request, asked, references, mask, name="images")
+
+    async def variations(request: Request) -> Response:
+        """Draw pictures that are like one: an edit with a prompt of the service's own."""
+        check_form(request)
+        form = await read_form(request, drawing.settings.max_body_bytes)
+        if form.mask is not None:
+            raise InvalidRequestError("a variation takes no mask; use edits", param="mask")
+        fields = parse_fields(form, VariationForm)
+        return await draw(request, fields, form.references)
+
+    async def draw(
+        request: Request,
+        asked: ImagesRequest,
+        references: Sequence[Source] = (),
+        mask: Source | None = None,
+        *,
+        kind: Kind = "image_edit",
+        name: str = "image",
+        needs_picture: bool = True,
+    ) -> Response:
+        names.check(asked.model)
+        drawn = read_fields(asked, drawing.settings, has_pictures=needs_picture)
+        if needs_picture and not references:
+            raise MissingParameterError("image is required: PNG, JPEG or WebP", param="image")
+        pictures = await drawing.pictures(request, references, mask, name)
+        if mask is None:
+            params = with_pictures(drawn, pictures, name)
+        else:
+            params = await anyio.to_thread.run_sync(with_pictures, drawn, pictures, name)
+        job = drawing.submit(request, params, drawn.packing, JobOptions(previews=drawn.previews))
+        if asked.stream:
+            return drawing.stream(job, ImageNarrator(kind, asked, job, drawn.warnings))
+        outcome = await drawing.outcome(request, job)
+        addresses = None
+        if asked.wants_url:
+            addresses = [address_of(request, links.keep(made)) for made in outcome.pictures]
+        content = await anyio.to_thread.run_sync(
+            functools.partial(
+                images_json,
+                outcome,
+                asked,
+                params,
+                warnings=drawn.warnings,
+                request_id=job.request_id,
+                created_s=int(time.time()),
+                addresses=addresses,
+            )
+        )
+        return Response(content, media_type=JSON_TYPE)
+
+    edit_form = form_schema(
+        EditForm, {"image": FILES_SCHEMA, "mask": FILE_SCHEMA}, required=("prompt", "image")
+    )
+    variation_form = form_schema(VariationForm, {"image": FILES_SCHEMA}, required=("image",))
+    for path, route, body in (
+        ("generations", generations, json_body(ImagesRequest)),
+        ("edits", edits, json_or_form_body(EditRequest, edit_form)),
+        ("variations", variations, form_body(variation_form)),
+    ):
+        for prefix in ("/v1", ""):
+            router.add_api_route(
+                f"{prefix}/images/{path}",
+                route,
+                methods=["POST"],
+                include_in_schema=bool(prefix),
+                responses=_responses(),
+                openapi_extra=body,
+                response_class=Response,
+            )
+    return router
+
+
+def _responses() -> Responses:
+    answer = {
+        "model": ImagesAnswer,
+        "description": "The pictures, or addresses of them; with stream, events. "
+        "Each picture of a stream has a completed event of its own.",
+        "content": {EVENTS_TYPE: EVENTS_CONTENT},
+    }
+    return {200: answer, **errors(404, *JOB_ERRORS)}

@@ -1,0 +1,162 @@
+"""Which job runs its next slice. Pure: it is told the time, and has no locks or threads.
+
+The rule, in order:
+1. The oldest job gets at least ``OLDEST_SHARE`` of the device, whatever else waits.
+   So every job becomes the oldest, and ends: nothing starves.
+2. Of the rest, the better priority class goes first.
+3. Within a class, the shortest remaining work. A job whose deadline is near counts as
+   shorter, and one that has not begun as longer, the more its client has had.
+4. A job that has begun gives way only to one that counts as shorter, and when several
+   have begun, only to one of half its length: each start holds memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from app.engine.costs import CostModel, WorkLeft
+from app.engine.jobs import Job, Priority
+from app.engine.shares import Shares
+
+OLDEST_SHARE = 0.25
+# How far ahead of its share the oldest may be counted, in seconds of the device: for four
+# times as long shorter jobs then run without a break.
+OLDEST_LEAD_S = 5.0
+# A client that has had so many seconds more than others counts as asking for twice the work.
+FAIRNESS_S = 10.0
+# A job is urgent when its deadline leaves it less than so many times its work to spare; it
+# then counts as so much shorter.
+URGENT_SPARE = 0.5
+URGENT_FACTOR = 0.25
+# How much shorter than a running job another must be to start, when several are in flight.
+NESTED_FACTOR = 0.5
+
+_CLASS = {Priority.INTERACTIVE: 0, Priority.NORMAL: 1, Priority.BATCH: 2}
+Key = tuple[int, float, int]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One job as the policy sees it.
+
+    Attributes:
+        sequence: the order of acceptance.
+        deadline_s: on the clock of ``now_s``.
+        is_active: its first slice has been given to the worker.
+        told_position: what its watchers were last told.
+    """
+
+    job: Job
+    sequence: int
+    left: WorkLeft
+    deadline_s: float | None
+    is_active: bool = False
+    told_position: int | None = None
+    estimate_s: float = 0.0
+    estimate_version: int = -1
+
+
+class Policy:
+    """Chooses, and keeps account of what has been served."""
+
+    def __init__(self) -> None:
+        self.costs = CostModel()
+        self.shares = Shares()
+        # Seconds of the device that the oldest job has a claim to.
+        self._claim_s = 0.0
+        self._oldest: Entry | None = None
+
+    def remaining_s(self, entry: Entry) -> float:
+        """The work that a job still needs."""
+        if entry.estimate_version != self.costs.version:
+            entry.estimate_s = entry.left.estimate_s(self.costs)
+            entry.estimate_version = self.costs.version
+        return entry.estimate_s
+
+    def key(self, entry: Entry, now_s: float) -> Key:
+        """Sorts jobs by who goes first, the oldest job's share aside."""
+        remaining_s = self.remaining_s(entry)
+        weighed_s = remaining_s
+        if not entry.is_active:
+            weighed_s *= 1 + self.shares.lead_s(entry.job.options.client) / FAIRNESS_S
+        if entry.deadline_s is not None:
+            spare_s = entry.deadline_s - now_s - remaining_s
+            if 0 <= spare_s < URGENT_SPARE * remaining_s:
+                weighed_s *= URGENT_FACTOR
+        return (_CLASS[entry.job.options.priority], weighed_s, entry.sequence)
+
+    def choose(
+        self,
+        waiting: Collection[Entry],
+        active: Collection[Entry],
+        now_s: float,
+        *,
+        may_start: bool,
+    ) -> Entry | None:
+        """The job whose slice is next; None when there is none that may run.
+
+        Args:
+            may_start: whether one more job may be in flight.
+        """
+        startable = waiting if may_start else ()
+        self._oldest = min((*startable, *active), key=lambda entry: entry.sequence, default=None)
+        if self._oldest is None:
+            return None
+        if self._claim_s >= self.costs.estimate_s(self._oldest.left.next_unit):
+            return self._oldest
+        running = min(active, key=lambda entry: self.key(entry, now_s), default=None)
+        best = min(startable, key=lambda entry: self.key(entry, now_s), default=None)
+        if running is None or best is None:
+            return running or best
+        is_nested = len(active) > 1
+        return best if self._gives_way(running, best, now_s, is_nested=is_nested) else running
+
+    def foreseen(
+        self, waiting: Collection[Entry], active: Collection[Entry], now_s: float, places: int
+    ) -> list[Entry]:
+        """All jobs in the order in which they should be done, if nobody else comes.
+
+        Args:
+            places: how many more may begin beside the active ones.
+        """
+
+        def first(entry: Entry) -> Key:
+            return self.key(entry, now_s)
+
+        begun, rest = sorted(active, key=first), sorted(waiting, key=first)
+        order, i = [], 0
+        for entry in rest:
+            while i < len(begun):
+                is_nested = i + 1 < len(begun)
+                may_start = places + i > 0
+                if may_start and self._gives_way(begun[i], entry, now_s, is_nested=is_nested):
+                    break
+                order.append(begun[i])
+                i += 1
+            order.append(entry)
+        return [*order, *begun[i:]]
+
+    def served(self, entry: Entry, took_s: float) -> None:
+        """The device worked for a job that ``choose`` has chosen."""
+        self.shares.served(entry.job.options.client, took_s)
+        self._claim_s += OLDEST_SHARE * took_s
+        if entry is self._oldest:
+            self._claim_s -= took_s
+        most_s = 0.0
+        if self._oldest is not None:
+            most_s = self.costs.estimate_s(self._oldest.left.next_unit)
+        self._claim_s = min(max(self._claim_s, -OLDEST_LEAD_S), max(most_s, OLDEST_LEAD_S))
+
+    def slice_done(self, entry: Entry, stage: str, took_s: float) -> None:
+        """A slice was done: the job needs one less, and its cost is known better."""
+        self.costs.observe(entry.left.unit(stage), took_s)
+        entry.left.done(stage)
+        entry.estimate_version = -1
+
+    def _gives_way(self, running: Entry, other: Entry, now_s: float, *, is_nested: bool) -> bool:
+        rank, weighed_s, _ = self.key(running, now_s)
+        other_rank, other_weighed_s, _ = self.key(other, now_s)
+        if rank != other_rank:
+            return other_rank < rank
+        return other_weighed_s < (NESTED_FACTOR if is_nested else 1.0) * weighed_s

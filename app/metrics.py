@@ -1,0 +1,150 @@
+"""What is counted and measured, as Prometheus metrics: the only module that defines them.
+
+Owns the names, labels and buckets. The engine and the routes feed it; what can be read
+off the engine at any time is read when somebody looks (``app.api.metrics``). Labels
+take values from short lists only: a client cannot make a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+)
+
+# From a tiny model's step to a large model's picture on a slow device, in seconds.
+_WORK_BUCKETS_S = (
+    0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0,
+)  # fmt: skip
+_LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+# Parts of a job's time that are the device's; the rest is waiting and packing.
+DEVICE_STAGES = ("text", "references", "denoise", "decode", "previews")
+
+
+class Metrics:
+    """All metrics of one service, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._jobs = Counter(
+            "fluxd_jobs",
+            "Jobs that were answered, by how: completed, or the error's code.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "fluxd_rejections",
+            "Requests that were refused a place: jobs, pixels, work (the queue's bounds), "
+            "loading, shutting_down or engine_dead.",
+            ["reason"],
+            registry=registry,
+        )
+        self._disconnects = Counter(
+            "fluxd_client_disconnects",
+            "Jobs that ended because their client had left.",
+            registry=registry,
+        )
+        self._queue_wait = Histogram(
+            "fluxd_queue_wait_seconds",
+            "From acceptance to the first slice, of jobs that began.",
+            buckets=_WORK_BUCKETS_S,
+            registry=registry,
+        )
+        self._job_time = Histogram(
+            "fluxd_job_seconds",
+            "From acceptance to the answer, of completed jobs.",
+            buckets=_WORK_BUCKETS_S,
+            registry=registry,
+        )
+        self._stage_time = Histogram(
+            "fluxd_stage_seconds",
+            "Time per completed job in each stage; paused is time in which other jobs ran.",
+            ["stage"],
+            buckets=_WORK_BUCKETS_S,
+            registry=registry,
+        )
+        self._step_time = Histogram(
+            "fluxd_step_seconds",
+            "Time per Euler step.",
+            buckets=_WORK_BUCKETS_S,
+            registry=registry,
+        )
+        self._busy = Counter(
+            "fluxd_device_busy_seconds",
+            "Time in which the device worked for jobs.",
+            registry=registry,
+        )
+        self._steps = Counter("fluxd_steps", "Euler steps that were run.", registry=registry)
+        self._images = Counter("fluxd_images", "Pictures that were delivered.", registry=registry)
+        self._previews = Counter(
+            "fluxd_previews", "Previews that were delivered.", registry=registry
+        )
+        self._requests = Counter(
+            "fluxd_http_requests",
+            "Answers, by route and status; status 0: the client left before it came.",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self._request_time = Histogram(
+            "fluxd_http_request_seconds",
+            "From a request's head to the end of its answer.",
+            ["route"],
+            buckets=_WORK_BUCKETS_S,
+            registry=registry,
+        )
+        self._loop_lag = Histogram(
+            "fluxd_event_loop_lag_seconds",
+            "How late a timer of the event loop comes: how long something blocked it.",
+            buckets=_LAG_BUCKETS_S,
+            registry=registry,
+        )
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused a place."""
+        self._rejections.labels(reason).inc()
+
+    def began(self, waited_s: float) -> None:
+        """A job's first slice is about to run."""
+        self._queue_wait.observe(waited_s)
+
+    def sliced(self, stage: str, took_s: float) -> None:
+        """The device has run one slice."""
+        self._busy.inc(took_s)
+        if stage == "denoise":
+            self._steps.inc()
+            self._step_time.observe(took_s)
+
+    def previewed(self) -> None:
+        """A preview was delivered."""
+        self._previews.inc()
+
+    def completed(self, pictures: int, timings_ms: Mapping[str, float]) -> None:
+        """A job was answered with pictures."""
+        self._jobs.labels("completed").inc()
+        self._images.inc(pictures)
+        self._job_time.observe(timings_ms["total"] / 1000)
+        for stage in (*DEVICE_STAGES, "paused", "pack"):
+            if stage in timings_ms:
+                self._stage_time.labels(stage).observe(timings_ms[stage] / 1000)
+
+    def failed(self, code: str) -> None:
+        """A job was answered with an error."""
+        self._jobs.labels(code).inc()
+        if code == "client_left":
+            self._disconnects.inc()
+
+    def answered(self, method: str, route: str, status: int, took_s: float) -> None:
+        """A request is over."""
+        self._requests.labels(method, route, str(status)).inc()
+        self._request_time.labels(route).observe(took_s)
+
+    def lagged(self, late_s: float) -> None:
+        """A timer of the event loop came so late."""
+        self._loop_lag.observe(late_s)
