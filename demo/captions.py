@@ -20,7 +20,7 @@ OPENINGS = (
     "show me ",
     "there is ",
 )
-PLACE_FIRST = ("in ", "at ", "on ", "centered")
+PLACE_FIRST = ("in ", "at ", "on ", "left", "top")
 """How a sentence begins that names a place before the figure; no opening fits before it."""
 
 

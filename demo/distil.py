@@ -23,7 +23,7 @@ from demo.batches import Batch, Examples, Kind, Prompts, loader
 from demo.learner import Learner, autocast, compiled_for
 from demo.optimisers import make_optimisers
 from demo.run import Average, Curve, Gradients, Run, load, save, set_lr, trapezoid
-from demo.train import arguments_of, noise_levels, quick_judgement
+from demo.train import arguments_of, curve_name, noise_levels, quick_judgement
 from fluxcore.pipeline.schedule import sigmas
 
 STEPS = 4
@@ -132,7 +132,7 @@ def distil(arguments: argparse.Namespace) -> None:
             optimiser.step()
         average.update()
         if step % 50 == 0:
-            curve.add(step, **{f"loss_{pair.kind.task}": loss.detach(), "norm": norm})
+            curve.add(step, **{curve_name(pair.kind): loss.detach(), "norm": norm})
         step += 1
     average.swap()
     for steps in (4, 2):

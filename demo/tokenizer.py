@@ -6,12 +6,14 @@ every such tokenizer. The same captions in the same order give the same files.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers.trainers import BpeTrainer
 
+from demo.batches import language_sample
 from fluxcore.weights.qwen_tokenizer import (
     ADDED_TOKENS,
     TokenizerInfo,
@@ -59,3 +61,18 @@ def train_tokenizer(
     return write_vocabulary(
         directory, Vocabulary.from_merges((left, right) for left, right in merges)
     )
+
+
+def main() -> None:
+    """Learn the vocabulary of training's captions and instructions."""
+    parser = argparse.ArgumentParser(description="Train the demo's tokenizer.")
+    parser.add_argument("--out", type=Path, default=Path(".models/training/tokenizer"))
+    parser.add_argument("--captions", type=int, default=30_000)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(language_sample(arguments.captions), arguments.out, arguments.vocabulary)
+
+
+if __name__ == "__main__":
+    main()

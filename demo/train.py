@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demo.batches import DRAW, EDIT, Batch, Examples, Prompts, loader
+from demo.batches import DRAW, EDIT, Batch, Examples, Kind, Prompts, loader
 from demo.judge import group_of, held_out_captions, held_out_edits, judge, judge_edit
 from demo.learner import Learner, autocast, compiled_for
 from demo.optimisers import make_optimisers
@@ -174,8 +174,8 @@ def train(arguments: argparse.Namespace) -> None:
             average.update()
             seen += len(encoded.clean) * run.world
             if step % 50 == 0:
-                task = encoded.batch.kind.task
-                curve.add(step, **{f"loss_{task}": loss.detach(), "norm": norm, "examples": seen})
+                name = curve_name(encoded.batch.kind)
+                curve.add(step, **{name: loss.detach(), "norm": norm, "examples": seen})
             step += 1
             if progress * arguments.judgements >= next_judgement:
                 next_judgement += 1
@@ -194,6 +194,11 @@ def train(arguments: argparse.Namespace) -> None:
             text_encoder=text_encoder,
         )
     run.end()
+
+
+def curve_name(kind: Kind) -> str:
+    """Losses of other sizes are larger, and have a curve of their own."""
+    return f"loss_{kind.task}" if (kind.width, kind.height) == (256, 256) else "loss_other_size"
 
 
 class Ahead:

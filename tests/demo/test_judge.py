@@ -1,0 +1,124 @@
+"""The judge passes what is right, and fails each thing that can be wrong."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from demo.captions import caption
+from demo.judge import (
+    Tally,
+    Verdict,
+    group_of,
+    held_out_captions,
+    held_out_edits,
+    judge,
+    judge_edit,
+    nearest_colour,
+    picture_of,
+    to_pixels,
+)
+from demo.language import COLOURS
+from demo.scenes import Background, Figure, Scene, place_xy
+
+
+def scene(**given: object) -> Scene:
+    figure = Figure("star", "red", COLOURS["red"], 128, 128, 60.0)
+    back = Background("plain", ("white",), (COLOURS["white"],))
+    figure_fields = {k: v for k, v in given.items() if k != "background"}
+    return Scene(
+        256,
+        256,
+        (replace(figure, **figure_fields),),
+        given.get("background", back),  # type: ignore[arg-type]
+    )
+
+
+def verdict_on(drawn: Scene, wanted: Scene) -> Verdict:
+    return judge(to_pixels(picture_of(drawn)), wanted)
+
+
+def test_ideal_pictures_are_right() -> None:
+    for _, wanted in held_out_captions(40):
+        assert verdict_on(wanted, wanted).is_right
+    for edit in held_out_edits(30):
+        assert judge_edit(to_pixels(picture_of(edit.target)), edit).is_right
+
+
+def test_pictures_of_other_captions_are_wrong() -> None:
+    scenes = [wanted for _, wanted in held_out_captions(30)]
+    for wanted, other in itertools.pairwise(scenes):
+        assert not verdict_on(other, wanted).is_right
+
+
+@pytest.mark.parametrize(
+    ("wrong", "criterion"),
+    [
+        ({"colour": "orange", "shade": COLOURS["orange"]}, "colour"),
+        ({"shape": "pentagon"}, "shape"),
+        ({"radius": 45.0}, "shape"),
+        ({"x": 100.0}, "place"),
+        ({"background": Background("plain", ("grey",), (COLOURS["grey"],))}, "background"),
+        (
+            {
+                "background": Background(
+                    "stripes", ("white", "grey"), (COLOURS["white"], COLOURS["grey"])
+                )
+            },
+            "background",
+        ),
+    ],
+)
+def test_one_planted_fault_is_found(wrong: dict[str, object], criterion: str) -> None:
+    assert verdict_on(scene(), scene()).is_right
+    assert not getattr(verdict_on(scene(**wrong), scene()), criterion)
+
+
+def test_a_missing_outline_is_found() -> None:
+    wanted = scene(outline="black", outline_shade=COLOURS["black"])
+    assert verdict_on(wanted, wanted).is_right
+    assert not verdict_on(scene(), wanted).outline
+
+
+def test_a_noisy_or_blank_picture_is_wrong() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert not judge(torch.rand(3, 256, 256, generator=generator), scene()).is_right
+    assert not judge(torch.full((3, 256, 256), 0.98), scene()).is_right
+
+
+def test_a_second_figure_that_nobody_asked_for_is_wrong() -> None:
+    x, y = place_xy("top left", 25.0, 256, 256)
+    extra = Figure("circle", "red", COLOURS["red"], x, y, 25.0)
+    crowded = replace(scene(), figures=(*scene().figures, extra))
+    assert not verdict_on(crowded, scene()).is_right
+
+
+def test_what_an_edit_does_not_speak_of_must_stay() -> None:
+    edit = next(e for e in held_out_edits(60) if e.kind == "recolour")
+    assert judge_edit(to_pixels(picture_of(edit.target)), edit).unchanged
+    shifted = to_pixels(picture_of(edit.target)).roll(20, dims=2)
+    assert not judge_edit(shifted, edit).is_right
+
+
+def test_an_unnamed_colour_may_be_any() -> None:
+    wanted = scene(colour_named=False)
+    assert verdict_on(scene(colour="blue", shade=COLOURS["blue"]), wanted).is_right
+
+
+def test_names_of_colours_and_the_table() -> None:
+    assert all(nearest_colour(torch.tensor(rgb)) == name for name, rgb in COLOURS.items())
+    tally = Tally.empty()
+    tally.add("one object", Verdict())
+    tally.add("one object", Verdict(shape=False))
+    assert tally.share("one object") == 0.5
+    assert "| one object | 2 | 50.0 % | 0 / 1 / 0 / 0 / 0 / 0 |" in tally.table()
+
+
+def test_the_held_out_captions_are_always_the_same() -> None:
+    assert [t for t, _ in held_out_captions(5)] == [t for t, _ in held_out_captions(5)]
+    wanted = next(w for _, w in held_out_captions(50) if group_of(w) == "one object")
+    assert caption(wanted, random.Random(0)) == caption(wanted, random.Random(0))

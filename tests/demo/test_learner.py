@@ -1,0 +1,134 @@
+"""Training sees the networks as drawing does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from demo.batches import DRAW, EDIT, Examples, Prompts
+from demo.judge import picture_of, to_pixels
+from demo.learner import Learner
+from demo.optimisers import Muon, make_optimisers, orthogonalise
+from demo.render import SceneBatch
+from demo.run import Average, Gradients, Run, load, save
+from demo.scenes import random_scene
+from demo.train import Encoded, flow_loss
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.bundled import bundled_model
+from fluxcore.pipeline.latents import draw_noise
+
+CPU = torch.device("cpu")
+
+# Weights stay in float32 while autocast computes in bfloat16: a slower norm on the CPU, no fault.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    learner = Learner(bundled_model(), CPU)
+    transformer, text_encoder = learner.networks()
+    load(bundled_model(), transformer=transformer, text_encoder=text_encoder)
+    return learner
+
+
+def test_a_batch_draws_what_the_pipeline_draws(learner: Learner) -> None:
+    """Same noise, same prompts, padded to 512 tokens; bfloat16 against float32."""
+    prompts = ["a red circle", "a large blue star in the top left on a yellow background"]
+    pipe = FluxPipeline.load(bundled_model(), device="cpu", dtype="float32")
+    ids, count = Prompts(bundled_model() / "tokenizer", 512).encode(prompts)
+    noise = torch.cat([draw_noise(seed, learner.channels, (16, 16)) for seed in (3, 4)])
+    together = learner.decode(learner.draw(noise, (), ids, count, DRAW, 4), DRAW)
+    for picture, prompt, seed in zip(together, prompts, (3, 4), strict=True):
+        params = GenerationParams(prompt=prompt, width=256, height=256, seed=seed)
+        alone = to_pixels(pipe.generate(params).images[0])
+        assert float((picture - alone).abs().mean()) < 0.01
+
+
+def test_references_reach_the_learner_as_they_reach_the_pipeline(learner: Learner) -> None:
+    scene = random_scene(random.Random(8))
+    pipe = FluxPipeline.load(bundled_model(), device="cpu", dtype="float32")
+    params = GenerationParams(prompt="x", references=(picture_of(scene),), seed=0)
+    theirs = pipe.encode_references(pipe.prepare(params)).tokens
+    ours = learner._encoded(to_pixels(picture_of(scene))[None])
+    assert theirs is not None
+    assert float((ours.float() - theirs).norm() / theirs.norm()) < 0.03  # bfloat16
+
+
+def test_the_loss_is_small_on_the_trained_and_large_on_fresh_networks(learner: Learner) -> None:
+    examples = Examples(bundled_model() / "tokenizer", 512, 7000, seed=3)
+    batch = examples.make(1, Prompts(bundled_model() / "tokenizer", 512))
+    assert batch.kind == EDIT
+    clean, *references = learner.latents(batch)
+    encoded = Encoded(batch, clean, tuple(references))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        trained = float(flow_loss(learner, encoded))
+        fresh = float(flow_loss(Learner(bundled_model(), CPU), encoded))
+    assert trained < 0.3 < 1.5 < fresh
+
+
+def test_a_step_of_training_moves_every_parameter_and_helps() -> None:
+    """Four steps on one small batch, from a fresh start."""
+    torch.manual_seed(1)
+    learner = Learner(bundled_model(), CPU)
+    networks = learner.networks()
+    examples = Examples(bundled_model() / "tokenizer", 64, 2600, seed=3)
+    batch = examples.make(0, Prompts(bundled_model() / "tokenizer", 64))
+    clean, *references = learner.latents(batch)
+    encoded = Encoded(batch, clean, tuple(references))
+    run = Run(CPU, rank=0, world=1)
+    gradients, average = Gradients(networks, run, 1.0), Average(networks, 0.9)
+    optimisers = make_optimisers(networks, 3e-3, 1.5e-3)
+    losses = []
+    for _ in range(4):
+        gradients.clear()
+        loss = flow_loss(learner, encoded)
+        loss.backward()
+        gradients.finish()
+        for optimiser in optimisers:
+            optimiser.step()
+        average.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    idle = [n for m in networks for n, p in m.named_parameters() if not p.grad.any()]
+    assert idle == []
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 64, 32), (2, 32, 96)):
+        values = torch.linalg.svdvals(
+            orthogonalise(torch.randn(shape, generator=generator)).float()
+        )
+        assert float(values.min()) > 0.5 and float(values.max()) < 1.4
+
+
+def test_muon_takes_the_matrices_of_blocks_and_nothing_else(learner: Learner) -> None:
+    muon, other = make_optimisers(learner.networks(), 1e-3, 1e-3)
+    assert isinstance(muon, Muon)
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    everything = sum(p.numel() for m in learner.networks() for p in m.parameters())
+    taken = [p for o in (muon, other) for group in o.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in taken) == everything
+
+
+def test_networks_are_saved_and_gone_on_from(
+    learner: Learner, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "networks.pt"
+    save(path, transformer=learner.transformer)
+    fresh = Learner(bundled_model(), CPU)
+    load(path, transformer=fresh.transformer)
+    for (name, a), b in zip(
+        fresh.transformer.named_parameters(), learner.transformer.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name  # what was loaded is bfloat16 already
+
+
+def test_a_batch_of_scenes_of_two_sizes_is_refused() -> None:
+    rng = random.Random(1)
+    scenes = [random_scene(rng, 256, 256), random_scene(rng, 128, 128)]
+    with pytest.raises(ValueError, match="one size"):
+        SceneBatch.of(scenes)
