@@ -32,7 +32,8 @@ BOX = (0.3, 0.3, 0.7, 0.7)
 def client() -> Iterator[TestClient]:
     settings = Settings(device="cpu", shutdown_grace_s=0, warm_up_sizes=())
     engine = create_engine(settings, pipeline_loader(None, settings))
-    with TestClient(create_app(settings, engine)) as client:
+    app = create_app(settings, engine)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         wait_until(lambda: engine.status().is_ready)
         yield client
 
