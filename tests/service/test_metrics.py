@@ -52,7 +52,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 def test_jobs_steps_pictures_and_times_are_counted(start_live: StartLive) -> None:
     live = start_live(FakePipeline(slice_s_at_512=0.01))
     live.generate("a", steps=3, n=2, width=512, height=512)
-    live.generate("b", steps=5)
+    live.generate("b", steps=5, width=512, height=512)
     live.generate("fail")
     live.generate("oom")
     found = scraped(live)
