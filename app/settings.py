@@ -125,7 +125,8 @@ class Settings(BaseModel):
         gt=0,
         le=86_400,
         allow_inf_nan=False,
-        description="Estimated seconds of work that may be accepted at a time; above it, 429.",
+        description="Estimated seconds of work that may be accepted at a time; above it, 429. "
+        "One job counts as half of it at most.",
     )
     in_flight_limit: int = Field(
         default=8,

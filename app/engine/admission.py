@@ -21,9 +21,12 @@ LONGEST_GUESS_S = 5.0
 LEAST_WAIT_S = 0.1
 # How long after its time a refused client is still expected back.
 PROMISE_KEPT_S = 3.0
-# One more place for every so many, open to clients of whom nothing waits yet and to those
-# who come back as they were told.
+# One more place for every so many, and as much more work, open to clients of whom nothing
+# waits yet and to those who come back as they were told.
 EXTRA_SHARE = 4
+# One job counts as at most this share of the work that may be accepted: it alone must not
+# shut out the short ones, which pass it between two of its steps.
+LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Limits:
     Attributes:
         jobs: jobs that wait.
         pixels: of the pictures that waiting jobs draw and hold.
-        work_s: estimated seconds of all that waits and runs.
+        work_s: estimated seconds of all that waits and runs, of one job at most
+            ``LARGEST_SHARE`` of it.
         in_flight: jobs that have begun and not been answered.
     """
 
@@ -111,20 +115,22 @@ class Admission:
         bounded = [load for load in present if load.is_bounded]
         waiting = [load for load in bounded if load.is_waiting]
         limits = self._limits
-        places = limits.jobs
+        places, most_s = limits.jobs, limits.work_s
         is_due = own is not None and own.due_s <= now_s
         if asker.own_waiting == 0 or is_due:
             places += max(1, limits.jobs // EXTRA_SHARE)
+            most_s += limits.work_s / EXTRA_SHARE
         if own is None and asker.request is not None:
             places -= min(len(self._promises), limits.jobs // 2)
         pixels = sum(load.pixels for load in waiting) + wanted.pixels
-        work_s = sum(load.work_s for load in bounded) + wanted.work_s
+        work_s = sum(self._counted_s(load) for load in (*bounded, wanted))
         if len(waiting) >= places:
             bound, what = "jobs", f"{len(waiting)} jobs wait"
         elif waiting and pixels > limits.pixels:
             bound, what = "pixels", f"waiting jobs would hold {pixels} pixels"
-        elif bounded and work_s > limits.work_s:
-            bound, what = "work", f"there is work for about {work_s:.0f} s"
+        elif bounded and work_s > most_s:
+            present_s = sum(load.work_s for load in bounded)
+            bound, what = "work", f"there is work for about {present_s:.0f} s"
         else:
             return
         if own is not None:
@@ -151,6 +157,9 @@ class Admission:
         due = [p for p in self._promises if p.request is None and p.due_s <= now_s]
         return min(known or due, key=lambda promise: promise.due_s, default=None)
 
+    def _counted_s(self, load: Load) -> float:
+        return min(load.work_s, LARGEST_SHARE * self._limits.work_s)
+
     def _free_in_s(self, wanted: Load, foreseen: Sequence[Load], promised: int) -> float:
         """When there is room, after so many who were refused before have come back."""
         # What those will ask for who come back is not known; something like the rest.
@@ -160,8 +169,8 @@ class Admission:
         places = limits.jobs - len(waiting)
         pixels = limits.pixels - sum(load.pixels for load in waiting) - wanted.pixels
         # Work that must be done before the new one's fits.
-        excess_s = sum(load.work_s for load in loads if load.is_bounded)
-        excess_s += wanted.work_s - limits.work_s
+        excess_s = sum(self._counted_s(load) for load in loads if load.is_bounded)
+        excess_s += self._counted_s(wanted) - limits.work_s
         place_s = 0.0 if places > 0 and pixels >= 0 else math.inf
         work_s = 0.0 if excess_s <= 0 else math.inf
         elapsed_s = 0.0
@@ -172,9 +181,11 @@ class Admission:
                 if places > 0 and pixels >= 0:
                     place_s = min(place_s, elapsed_s)
             if load.is_bounded:
-                if load.work_s >= excess_s:
-                    work_s = min(work_s, elapsed_s + excess_s)
-                excess_s -= load.work_s
+                counted_s = self._counted_s(load)
+                if counted_s >= excess_s:
+                    # Of a very long job, only the last part is counted.
+                    work_s = min(work_s, elapsed_s + load.work_s - counted_s + excess_s)
+                excess_s -= counted_s
             elapsed_s += load.work_s
         # A job that fits into no bound is let in when nothing else is there.
         return min(max(place_s, work_s, 0.0), elapsed_s)
