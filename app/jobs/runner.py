@@ -227,7 +227,12 @@ class JobRunner:
             self._do(self._feed)
 
     def _do(self, task: Task) -> None:
-        """Run a task; one that the disk or the database refuses is run again later."""
+        """Run a task; one that the disk or the database refuses is run again later.
+
+        What is asked for again and again waits there once, however long the disk fails.
+        """
+        if any(task == late for _, late in self._late):
+            return
         try:
             task()
         except (OSError, sqlite3.Error) as error:
@@ -246,7 +251,7 @@ class JobRunner:
             self._waiting.remove(live)
             self._do(partial(self._failed, live, _timeout()))
         if self._budget.is_spent():
-            self._remove_outlived()
+            self._do(self._remove_outlived)
 
     def _enqueue(self, live: LiveJob) -> None:
         # It may have been cancelled before the thread came to it.

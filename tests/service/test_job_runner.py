@@ -410,6 +410,33 @@ def test_a_database_that_fails_delays_jobs_and_loses_none(
     assert service.pipeline.ran == ["a fox"]
 
 
+def test_a_database_that_cannot_be_read_for_long_fills_no_memory(
+    start_jobs: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "TICK_S", 0.001)
+    monkeypatch.setattr(runner_module, "DISK_RETRY_S", 0.2)
+    service = start_jobs()
+    get, tried = JobStore.get, []
+
+    def fail_thrice(store: JobStore, job_id: str) -> Future[JobRecord]:
+        if threading.current_thread().name != "fluxd-jobs":
+            return get(store, job_id)
+        tried.append(job_id)
+        if len(tried) <= 3:
+            failed: Future[JobRecord] = Future()
+            failed.set_exception(sqlite3.OperationalError("disk I/O error"))
+            return failed
+        return get(store, job_id)
+
+    monkeypatch.setattr(JobStore, "get", fail_thrice)
+    began_s = time.monotonic()
+    service.wait(service.accept())
+    # Tried as often as is meant, not at every turn of the thread, ...
+    assert time.monotonic() - began_s >= 3 * 0.2
+    # ... and nothing is left to be tried.
+    wait_until(lambda: not service.kept.jobs.is_disk_failing)
+
+
 def test_a_full_disk_delays_jobs_and_loses_none(
     start_jobs: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
