@@ -21,6 +21,9 @@ LONGEST_GUESS_S = 5.0
 LEAST_WAIT_S = 0.1
 # How long after its time a refused client is still expected back.
 PROMISE_KEPT_S = 3.0
+# Promises that are remembered; each costs time at every check, and a client that asks without
+# pause is given many.
+MOST_PROMISES = 1000
 # One more place for every so many, and as much more work, open to clients of whom nothing
 # waits yet and to those who come back as they were told.
 EXTRA_SHARE = 4
@@ -139,7 +142,8 @@ class Admission:
         before = [p for p in self._promises if own is None or p.due_s < own.due_s]
         wait_s = self._free_in_s(wanted, foreseen(), len(before))
         wait_s = max(min(wait_s, LONGEST_WAIT_S if is_measured else LONGEST_GUESS_S), LEAST_WAIT_S)
-        self._promises.append(_Promise(now_s + wait_s, asker.request))
+        if len(self._promises) < MOST_PROMISES:
+            self._promises.append(_Promise(now_s + wait_s, asker.request))
         raise QueueFullError(
             f"the queue is full: {what}; try again later", bound=bound, retry_after_s=wait_s
         )

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.engine.admission import LONGEST_GUESS_S, LONGEST_WAIT_S, Limits
+from app.engine.admission import LONGEST_GUESS_S, LONGEST_WAIT_S, MOST_PROMISES, Limits
 from app.engine.costs import CostModel, Unit, WorkLeft
 from app.engine.events import Queued
-from app.engine.jobs import Job, JobOptions, Priority
+from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, Priority
 from app.engine.packing import Packing
 from app.engine.policy import OLDEST_LEAD_S, OLDEST_SHARE
 from app.engine.scheduler import Scheduler, Turn
@@ -423,6 +423,18 @@ def test_a_client_without_a_waiting_job_finds_a_place_in_a_full_queue() -> None:
     made.scheduler.admit(make("other", client="other"))
     refused(made, make("other again", client="other"))
     refused(made, make("third", client="third"))
+
+
+def test_a_flood_of_refused_requests_is_not_remembered_without_end() -> None:
+    made = device(Limits(jobs=1, work_s=1e6))
+    made.scheduler.admit(make("runs", 1024, steps=50))
+    made.step()
+    made.scheduler.admit(make("waits", 1024, steps=50))
+    for _ in range(MOST_PROMISES + 50):
+        with pytest.raises(QueueFullError):
+            made.scheduler.check(DEFAULT_OPTIONS.client)
+    assert len(made.scheduler._admission._promises) == MOST_PROMISES
+    assert wait_s(refused(made, make("one more"))) == LONGEST_WAIT_S
 
 
 def test_places_are_told_in_the_order_that_is_foreseen() -> None:
