@@ -212,7 +212,11 @@ class Worker:
         """Abandon a job, whether it has begun or not."""
         flight = self._flights.pop(job, None)
         if flight is not None:
-            flight.close()
+            try:
+                flight.close()
+            except Exception:
+                # Whatever a run does as it is abandoned, the next job must be served.
+                logger.exception("a job that was given up failed as it was closed")
         if flight is not None or job in self._scheduler.active:
             self._scheduler.finished(job)
         self._on_failed(job, reason)

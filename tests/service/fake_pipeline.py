@@ -176,6 +176,8 @@ class FakePipeline:
                 _go_wrong(prompt)
         except GeneratorExit:
             self.abandoned.append(prompt)
+            if prompt == "unclosable":
+                raise RuntimeError("failed as it was abandoned") from None
             raise
         self.ended.append(prompt)
         picture = Image.new("RGB", (resolved.width, resolved.height), "grey")

@@ -82,6 +82,25 @@ def test_a_job_in_flight_that_is_cancelled_ends_while_another_runs(start_live: S
     assert middle.future.result(PATIENCE_S).pictures
 
 
+def test_a_job_that_fails_as_it_is_given_up_does_not_end_the_service(
+    start_live: StartLive, caplog: pytest.LogCaptureFixture
+) -> None:
+    live, pipeline = blocked(start_live)
+    engine = live.engine
+    job = engine.submit(
+        GenerationParams(prompt="unclosable", steps=50), Packing(), "req-unclosable"
+    )
+    pipeline.started.wait()
+    engine.cancel(job, ClientLeftError("gone"))
+    pipeline.gate.set()
+    with pytest.raises(ClientLeftError):
+        job.future.result(PATIENCE_S)
+    after = engine.submit(GenerationParams(prompt="after", steps=1), Packing(), "req-after")
+    assert after.future.result(PATIENCE_S).pictures
+    wait_until(lambda: "failed as it was closed" in caplog.text)
+    assert engine.status().is_alive
+
+
 def test_a_deadline_ends_a_job_wherever_it_stands(start_live: StartLive) -> None:
     live, pipeline = blocked(start_live)
     engine = live.engine
