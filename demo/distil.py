@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from demo.batches import Batch, Examples, Kind, Prompts, loader
-from demo.learner import Learner, autocast, compiled_for
+from demo.batches import Batch, Examples, Prompts, loader
+from demo.learner import Learner, compiled_for
 from demo.optimisers import make_optimisers
 from demo.run import Average, Curve, Gradients, Run, load, save, set_lr, trapezoid
-from demo.train import arguments_of, curve_name, noise_levels, quick_judgement
+from demo.train import (
+    arguments_of,
+    curve_name,
+    noise_levels,
+    quick_judgement,
+    velocity_loss,
+)
 from fluxcore.pipeline.schedule import sigmas
 
 STEPS = 4
@@ -35,12 +41,10 @@ VISITED_SHARE = 0.7
 class Pair:
     """Noise and the picture that the teacher drew from it, for one batch.
 
-    Shapes: noise, clean and each reference [B, L, C]; ids [B, L_txt]; count [B].
+    Shapes: noise, clean and each reference [B, L, C], bfloat16.
     """
 
-    kind: Kind
-    ids: Tensor
-    count: Tensor
+    batch: Batch
     noise: Tensor
     clean: Tensor
     references: tuple[Tensor, ...]
@@ -72,7 +76,7 @@ def draw_pool(
             (empty[0].to(run.device), empty[1].to(run.device)),
         )
         small = (noise.bfloat16(), clean.bfloat16(), tuple(r.bfloat16() for r in references))
-        pool.append(Pair(batch.kind, batch.ids, batch.count, *small))
+        pool.append(Pair(replace(batch, scenes=()), *small))
         drawn += len(target)
     run.say(f"{drawn} pictures by the teacher on each GPU")
     return pool
@@ -86,13 +90,7 @@ def straight_loss(learner: Learner, pair: Pair) -> Tensor:
     visited = levels[torch.randint(len(levels), (count,), device=noise.device)]
     visits = torch.rand(count, device=noise.device) < VISITED_SHARE
     t = torch.where(visits, visited, noise_levels(count, noise.device))
-    level = t[:, None, None]
-    noisy = (1 - level) * clean + level * noise
-    references = [reference.float() for reference in pair.references]
-    with autocast(noise.device):
-        text = learner.conditioning(pair.ids, pair.count)
-        velocity = learner.velocity(noisy, references, text, t, pair.kind)
-    return (velocity.float() - (noise - clean)).square().mean()
+    return velocity_loss(learner, pair.batch, clean, noise, pair.references, t)
 
 
 def distil(arguments: argparse.Namespace) -> None:
@@ -124,7 +122,7 @@ def distil(arguments: argparse.Namespace) -> None:
         set_lr(optimisers, trapezoid(progress, step, arguments.warm_up, arguments.decay_from))
         pair = pool[int(torch.randint(len(pool), (), generator=order))]
         gradients.clear()
-        with compiled_for(pair.kind):
+        with compiled_for(pair.batch.kind):
             loss = straight_loss(learner, pair)
             loss.backward()
         norm = gradients.finish()
@@ -132,7 +130,7 @@ def distil(arguments: argparse.Namespace) -> None:
             optimiser.step()
         average.update()
         if step % 50 == 0:
-            curve.add(step, **{curve_name(pair.kind): loss.detach(), "norm": norm})
+            curve.add(step, **{curve_name(pair.batch.kind): loss.detach(), "norm": norm})
         step += 1
     average.swap()
     for steps in (4, 2):

@@ -19,12 +19,12 @@ from demo.scenes import (
     Figure,
     Scene,
     distance,
-    is_visible_on,
     overlaps,
     place_xy,
     random_background,
     random_scene,
     shade_of,
+    stands_out,
 )
 
 ADDED_SIZE = "small"
@@ -113,12 +113,7 @@ def _changed(scene: Scene, index: int, figure: Figure) -> Scene | None:
 
 def _is_legible(scene: Scene) -> bool:
     for i, figure in enumerate(scene.figures):
-        if not is_visible_on(figure.colour, scene.background):
-            return False
-        if figure.outline is not None and (
-            not is_visible_on(figure.outline, scene.background)
-            or distance(COLOURS[figure.outline], COLOURS[figure.colour]) <= LEAST_CONTRAST
-        ):
+        if not stands_out(figure, scene.background):
             return False
         for other in scene.figures[:i]:
             near = (other.colour, other.outline)

@@ -141,6 +141,16 @@ def is_visible_on(colour: str, background: Background) -> bool:
     return all(distance(COLOURS[colour], (r, g, b)) > LEAST_CONTRAST for r, g, b in blends)
 
 
+def stands_out(figure: Figure, background: Background) -> bool:
+    """Whether a figure can be seen on a background, and its outline on both."""
+    if not is_visible_on(figure.colour, background):
+        return False
+    return figure.outline is None or (
+        is_visible_on(figure.outline, background)
+        and distance(COLOURS[figure.outline], COLOURS[figure.colour]) > LEAST_CONTRAST
+    )
+
+
 def default_background(colours: tuple[str, ...], rng: random.Random) -> Background:
     """White; where something is white itself, black; where something is black too, grey."""
     colour = next(c for c in ("white", "black", "grey", "blue") if c not in colours)
@@ -276,12 +286,7 @@ def _is_clear(scene: Scene) -> bool:
     """Whether every figure can be seen and told from the others by words."""
     touching = scene.relation in ("inside", "behind")
     for i, figure in enumerate(scene.figures):
-        if not is_visible_on(figure.colour, scene.background):
-            return False
-        if figure.outline is not None and (
-            not is_visible_on(figure.outline, scene.background)
-            or distance(COLOURS[figure.outline], COLOURS[figure.colour]) <= LEAST_CONTRAST
-        ):
+        if not stands_out(figure, scene.background):
             return False
         for other in scene.figures[:i]:
             if (other.shape, other.colour) == (figure.shape, figure.colour):

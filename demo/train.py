@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,12 +85,27 @@ def flow_loss(learner: Learner, encoded: Encoded) -> Tensor:
     batch, clean = encoded.batch, encoded.clean.float()
     t = noise_levels(len(clean), clean.device)
     noise = torch.randn_like(clean)
+    return velocity_loss(learner, batch, clean, noise, encoded.references, t)
+
+
+def velocity_loss(
+    learner: Learner,
+    batch: Batch,
+    clean: Tensor,
+    noise: Tensor,
+    references: Sequence[Tensor],
+    t: Tensor,
+) -> Tensor:
+    """Error of the velocity on the straight line from pictures to noise, at levels t.
+
+    Shapes: clean, noise and each reference [B, L, C], t [B] -> [].
+    """
     level = t[:, None, None]
     noisy = (1 - level) * clean + level * noise
-    references = [reference.float() for reference in encoded.references]
     with autocast(clean.device):
         text = learner.conditioning(batch.ids, batch.count)
-        velocity = learner.velocity(noisy, references, text, t, batch.kind)
+        given = [reference.float() for reference in references]
+        velocity = learner.velocity(noisy, given, text, t, batch.kind)
     return (velocity.float() - (noise - clean)).square().mean()
 
 
