@@ -321,9 +321,16 @@ class Settings(BaseModel):
     )
     @classmethod
     def _split_list(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):  # as the settings file writes it
+            try:
+                return tomllib.loads(f"value = {value}")["value"]
+            except tomllib.TOMLDecodeError:
+                raise ValueError(
+                    f'a list is written one,two or ["one", "two"]; got {value!r}'
+                ) from None
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("warm_up_sizes")
     @classmethod

@@ -90,6 +90,7 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(tmp_path: Path) ->
         ("max_references", 11, "less than or equal to 10"),
         ("max_image_pixels", 10**9, "less than or equal to"),
         ("warm_up_sizes", "512", "written WIDTHxHEIGHT"),
+        ("warm_up_sizes", '["512x512"', 'a list is written one,two or ["one", "two"]'),
         ("warm_up_sizes", ["512x500"], "multiple of 16"),
         ("request_timeout_s", 0, "greater than 0"),
         ("request_timeout_s", "nan", "finite"),
@@ -142,6 +143,13 @@ def test_text_values_of_the_environment_become_sizes_and_bytes() -> None:
     assert values.max_body_bytes == 2 * 2**20
     assert values.model == Path("/models/klein")
     assert load_settings({}, {"FLUXD_WARM_UP_SIZES": ""}).values.warm_up_sizes == ()
+    assert load_settings({"warm_up_sizes": "[]"}, {}).values.warm_up_sizes == ()
+    assert load_settings(
+        {"allowed_hosts": '["a.example", "b.example"]'}, {}
+    ).values.allowed_hosts == (
+        "a.example",
+        "b.example",
+    )
 
 
 @pytest.mark.parametrize(
