@@ -1,4 +1,4 @@
-"""The demo model: a FLUX.2 [klein] of 15 million parameters.
+"""The demo model: a FLUX.2 [klein] of 16 million parameters.
 
 Owns its numbers, and how any architecture becomes networks to train. Everything
 that a klein model has is there, only thin: 27 encoder layers, because the
