@@ -74,6 +74,8 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
             dtype=settings.dtype,
             progress=progress,
             conditioning_cache_bytes=settings.conditioning_cache_bytes,
+            conditioning_store=settings.conditioning_store_path,
+            conditioning_store_bytes=settings.conditioning_store_bytes,
         )
 
     return load

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from platformdirs import user_data_path
+from platformdirs import user_cache_path, user_data_path
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from app.keys import ApiKey
@@ -208,6 +208,11 @@ class Settings(BaseModel):
         default=ByteSize(256 * 2**20),
         ge=0,
         description="Memory for the text embeddings of recent prompts; 0 keeps none.",
+    )
+    conditioning_store_bytes: ByteSize = Field(
+        default=ByteSize(0),
+        ge=0,
+        description="Disk space for text embeddings, so that a restart keeps them; 0 keeps none.",
     )
     warm_up_sizes: tuple[str, ...] | None = Field(
         default=None,
@@ -405,6 +410,13 @@ class Settings(BaseModel):
                 # Two services of one user do not share their jobs.
                 return user_data_path("fluxd", appauthor=False) / f"port-{self.port}"
         return Path(self.data_dir).expanduser()
+
+    @property
+    def conditioning_store_path(self) -> Path:
+        """The directory for text embeddings: beside the jobs where those have a named one."""
+        if self.data_dir in ("auto", "off"):
+            return user_cache_path("fluxd", appauthor=False) / "embeddings"
+        return Path(self.data_dir).expanduser() / "embeddings"
 
     @property
     def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...] | None:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fluxcore.bundled import bundled_model
-from fluxcore.config import CheckpointConfig
+from fluxcore.config import TEXT_TOKENS, CheckpointConfig
 from fluxcore.errors import DeviceFaultError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning, ConditioningCache
 from fluxcore.pipeline.denoise import DenoiseInputs, DenoiseStep, Inpainting, denoise
+from fluxcore.pipeline.embedding_store import EmbeddingStore
 from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack, unpack
 from fluxcore.pipeline.load import Components, load_components
 from fluxcore.pipeline.pictures import (
@@ -39,12 +40,14 @@ from fluxcore.pipeline.result import (
     Progress,
 )
 from fluxcore.runtime import Runtime, StageTimes, choose_runtime, translated_errors
-from fluxcore.weights import LoadProgress
+from fluxcore.text import TokenizedPrompt
+from fluxcore.weights import LoadProgress, component_identity
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CONDITIONING_CACHE_BYTES = 256 * 2**20
+WARM_UP_PROMPT = "warm up"
 ATTEMPTS = 2
 """Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
 
@@ -85,10 +88,15 @@ class FluxPipeline:
         runtime: device, dtypes and their rules.
         config: the architecture.
         conditioning_cache: recent text embeddings, with hit and miss counters.
+        conditioning_store: where they outlive the process, if they do.
     """
 
     def __init__(
-        self, components: Components, runtime: Runtime, conditioning_cache_bytes: int
+        self,
+        components: Components,
+        runtime: Runtime,
+        conditioning_cache_bytes: int,
+        store: EmbeddingStore | None = None,
     ) -> None:
         self.info: ModelInfo = components.info
         self.config: CheckpointConfig = components.config
@@ -97,7 +105,10 @@ class FluxPipeline:
         self.text_encoder = components.text_encoder
         self.transformer = components.transformer
         self.vae = components.vae
-        self.conditioning_cache = ConditioningCache(conditioning_cache_bytes)
+        # What a base model steers away from where a request does not say.
+        empty = () if self.info.is_distilled else (self.tokenizer.encode("").key,)
+        self.conditioning_store = store
+        self.conditioning_cache = ConditioningCache(conditioning_cache_bytes, empty, store)
         self.rope_tables = RopeTables(
             self.config.transformer, runtime.device, runtime.dtypes.angles
         )
@@ -110,6 +121,8 @@ class FluxPipeline:
         dtype: str = "auto",
         progress: Callable[[LoadProgress], None] | None = None,
         conditioning_cache_bytes: int = CONDITIONING_CACHE_BYTES,
+        conditioning_store: Path | None = None,
+        conditioning_store_bytes: int = 0,
     ) -> FluxPipeline:
         """Load a checkpoint directory onto a device.
 
@@ -120,6 +133,8 @@ class FluxPipeline:
             dtype: auto, float32, bfloat16 or float16.
             progress: called after every tensor.
             conditioning_cache_bytes: bound of the text-embedding cache.
+            conditioning_store: directory in which embeddings outlive the process.
+            conditioning_store_bytes: bound of that directory; 0 keeps none.
 
         Raises:
             CheckpointError: the directory cannot be used; names the file.
@@ -130,7 +145,20 @@ class FluxPipeline:
         with translated_errors():
             directory = bundled_model() if path is None else Path(path)
             components = load_components(directory, runtime, progress)
-        return cls(components, runtime, conditioning_cache_bytes)
+        store = None
+        if conditioning_store is not None and conditioning_store_bytes:
+            store = EmbeddingStore(
+                conditioning_store,
+                conditioning_store_bytes,
+                shape=(1, TEXT_TOKENS, components.config.text_encoder.conditioning_width),
+                dtype=runtime.dtypes.residual or runtime.dtypes.weights,
+                device=runtime.device,
+                decides={
+                    "weights": component_identity(directory / "text_encoder"),
+                    **runtime.describe(),
+                },
+            )
+        return cls(components, runtime, conditioning_cache_bytes, store)
 
     def warm_up(
         self,
@@ -145,11 +173,15 @@ class FluxPipeline:
         """
         if sizes is None:
             sizes = ((self.info.default_side_px, self.info.default_side_px),)
+        # Even where the store knows this prompt: it is the encoder that is to be warm.
+        self._encode_anew(self.tokenizer.encode(WARM_UP_PROMPT))
+        if not self.info.is_distilled:
+            self.encode_prompt("")
         for done, (width, height) in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))
             self.generate(
-                GenerationParams(prompt="warm up", width=width, height=height, steps=1, seed=0)
+                GenerationParams(prompt=WARM_UP_PROMPT, width=width, height=height, steps=1, seed=0)
             )
         if progress is not None:
             progress(len(sizes), len(sizes))
@@ -167,18 +199,23 @@ class FluxPipeline:
     def encode_prompt(self, text: str) -> Conditioning:
         """Text to embeddings, from the cache where it has them."""
         tokens = self.tokenizer.encode(text)
-        key = tokens.ids[: tokens.count]
-        found = self.conditioning_cache.get(key)
+        found = self.conditioning_cache.get(tokens.key)
         hit = found is not None
         if found is None:
-            device = self.runtime.device
-            with translated_errors():
-                found = self.text_encoder(
-                    torch.tensor([tokens.ids], device=device),
-                    torch.tensor([tokens.count], device=device),
-                )
-            self.conditioning_cache.put(key, found)
+            found = self._encode_anew(tokens)
         return Conditioning(found, tokens.count, tokens.cut, cache_hit=hit)
+
+    @torch.inference_mode()
+    def _encode_anew(self, tokens: TokenizedPrompt) -> Tensor:
+        """What the text encoder makes of a prompt; kept. Shapes: [1, 512, 3 D]."""
+        device = self.runtime.device
+        with translated_errors():
+            embeddings: Tensor = self.text_encoder(
+                torch.tensor([tokens.ids], device=device),
+                torch.tensor([tokens.count], device=device),
+            )
+        self.conditioning_cache.put(tokens.key, embeddings)
+        return embeddings
 
     def encode_text(self, job: PreparedJob) -> tuple[Conditioning, Conditioning | None]:
         """The job's prompt and, where guidance is on, what to steer away from."""

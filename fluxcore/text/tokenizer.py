@@ -33,6 +33,11 @@ class TokenizedPrompt:
     count: int
     cut: int
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The real ids, by which the prompt's embeddings are known."""
+        return self.ids[: self.count]
+
 
 class PromptTokenizer:
     """The checkpoint's own tokenizer, loaded from its ``tokenizer/`` directory.

@@ -4,6 +4,7 @@ Owns finding the files, checking them against the architecture, renaming,
 fusing and placing. Nothing outside this package knows a published tensor name.
 """
 
+from fluxcore.weights.identity import component_identity
 from fluxcore.weights.load import (
     LoadProgress,
     LoadReport,
@@ -19,6 +20,7 @@ __all__ = [
     "Source",
     "WeightPlan",
     "check_component",
+    "component_identity",
     "load_component",
     "weight_plan",
 ]

@@ -98,6 +98,17 @@ def test_clearing_forgets_all_but_the_counters() -> None:
     assert cache.get(A) is None
 
 
+def test_pinned_ones_stay_whatever_comes() -> None:
+    cache = ConditioningCache(20, pinned=(A,))
+    cache.put(A, embeddings(50))
+    for key in (B, C, D):
+        cache.put(key, embeddings(10))
+    assert cache.get(A) is not None
+    assert (cache.entries, cache.bytes_used) == (3, 20)
+    cache.clear()
+    assert cache.get(A) is None, "a fault may lie in it, too"
+
+
 OPERATIONS = st.lists(
     st.tuples(st.integers(0, 6), st.none() | st.integers(0, 60)), min_size=1, max_size=60
 )
