@@ -24,6 +24,12 @@ _WORK_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 # Parts of a job's time that are the device's; the rest is waiting and packing.
 DEVICE_STAGES = ("text", "references", "denoise", "decode", "previews")
+# Values that are there from the start, at 0: an increase from nothing to 1 would not be seen.
+OUTCOMES = (
+    "completed", "cancelled", "client_left", "timeout", "out_of_memory", "internal_error",
+    "device_fault", "shutting_down", "engine_dead",
+)  # fmt: skip
+REFUSALS = ("jobs", "pixels", "work", "loading", "shutting_down", "engine_dead")
 
 
 class Metrics:
@@ -105,6 +111,10 @@ class Metrics:
             buckets=_LAG_BUCKETS_S,
             registry=registry,
         )
+        for outcome in OUTCOMES:
+            self._jobs.labels(outcome)
+        for reason in REFUSALS:
+            self._rejections.labels(reason)
 
     def rejected(self, reason: str) -> None:
         """A request was refused a place."""
