@@ -73,6 +73,7 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
             device=settings.device,
             dtype=settings.dtype,
             progress=progress,
+            residency=settings.residency,
             conditioning_cache_bytes=settings.conditioning_cache_bytes,
             conditioning_store=settings.conditioning_store_path,
             conditioning_store_bytes=settings.conditioning_store_bytes,

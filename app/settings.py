@@ -61,6 +61,11 @@ class Settings(BaseModel):
         default="auto",
         description="Number format of the weights: auto, float32, bfloat16 or float16.",
     )
+    residency: Literal["auto", "resident", "balanced", "low"] = Field(
+        default="auto",
+        description="Weights that stay on the device: all (resident), all but the text encoder's "
+        "(balanced), few (low); auto: what fits.",
+    )
     host: str = Field(
         default="127.0.0.1",
         min_length=1,

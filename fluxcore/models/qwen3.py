@@ -95,7 +95,7 @@ class Qwen3Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.embedding: nn.Module = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Qwen3Layer(config, kernels) for _ in range(config.used_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
 

@@ -17,23 +17,26 @@ from fluxcore.config import (
 from fluxcore.errors import CheckpointConfigError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
 from fluxcore.params import LARGEST_DEFAULT_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
+from fluxcore.pipeline.residency import placements, stream_layers, weights_left_out
 from fluxcore.pipeline.result import ModelInfo
-from fluxcore.runtime import Runtime
+from fluxcore.runtime import LayerStream, Runtime
 from fluxcore.text import PromptTokenizer
 from fluxcore.weights import LoadProgress, check_component, load_component, weight_plan
-from fluxcore.weights.load import Placement
 
 DISTILLED_STEPS = 4
 BASE_STEPS = 50
 BASE_GUIDANCE = 4.0
-RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight", "final_norm.weight")
 
 _DIRECTORIES = {VaeConfig: "vae", Qwen3Config: "text_encoder", TransformerConfig: "transformer"}
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The parts of a loaded checkpoint."""
+    """The parts of a loaded checkpoint.
+
+    Attributes:
+        stream: brings the weights that do not stay; None where all do.
+    """
 
     info: ModelInfo
     config: CheckpointConfig
@@ -41,6 +44,7 @@ class Components:
     text_encoder: Qwen3Encoder
     transformer: Flux2Transformer
     vae: AutoEncoder
+    stream: LayerStream | None
 
 
 def load_components(
@@ -60,29 +64,32 @@ def load_components(
         )
     for component in (config.vae, config.text_encoder, config.transformer):
         check_component(weight_plan(component), path / _DIRECTORIES[type(component)])
-    kernels, dtypes = runtime.kernels(), runtime.dtypes
-    residual = dtypes.residual or dtypes.weights
+    kernels = runtime.kernels()
+    places, left_out = placements(runtime), weights_left_out(config, runtime.residency)
     vae, vae_report = load_component(
         lambda: AutoEncoder(config.vae, kernels),
         weight_plan(config.vae),
         path / "vae",
-        Placement(runtime.device, dtypes.vae, channels_last=runtime.channels_last),
+        places["vae"],
         progress,
     )
     encoder, encoder_report = load_component(
         lambda: Qwen3Encoder(config.text_encoder, kernels),
         weight_plan(config.text_encoder),
         path / "text_encoder",
-        Placement(runtime.device, dtypes.weights, wide=RESIDUAL_NORMS, wide_dtype=residual),
+        places["text_encoder"],
         progress,
+        left_out["text_encoder"],
     )
     transformer, transformer_report = load_component(
         lambda: Flux2Transformer(config.transformer, kernels),
         weight_plan(config.transformer),
         path / "transformer",
-        Placement(runtime.device, dtypes.weights),
+        places["transformer"],
         progress,
+        left_out["transformer"],
     )
+    stream = stream_layers(path, config, runtime, encoder, transformer)
     reports = (vae_report, encoder_report, transformer_report)
     distilled = config.is_distilled
     info = ModelInfo(
@@ -90,17 +97,18 @@ def load_components(
         path=path.resolve(),
         is_bundled=is_bundled(path),
         is_distilled=distilled,
-        default_side_px=_default_side_px(config.vae),
+        default_side_px=default_side_px(config.vae),
         default_steps=DISTILLED_STEPS if distilled else BASE_STEPS,
         default_guidance=None if distilled else BASE_GUIDANCE,
         parameters={report.component: report.parameters for report in reports},
-        weight_bytes=sum(report.placed_bytes for report in reports),
+        weight_bytes=sum(report.placed_bytes for report in reports)
+        + (0 if stream is None else stream.device_bytes),
         load=reports,
     )
-    return Components(info, config, tokenizer, encoder, transformer, vae)
+    return Components(info, config, tokenizer, encoder, transformer, vae, stream)
 
 
-def _default_side_px(vae: VaeConfig) -> int:
+def default_side_px(vae: VaeConfig) -> int:
     """What the model is made for, but no more than is drawn in reasonable time everywhere."""
     whole = vae.sample_side_px // SIZE_MULTIPLE * SIZE_MULTIPLE
     return min(max(whole, MIN_SIDE_PX), LARGEST_DEFAULT_SIDE_PX)

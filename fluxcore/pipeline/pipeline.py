@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fluxcore.bundled import bundled_model
-from fluxcore.config import TEXT_TOKENS, CheckpointConfig
+from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
 from fluxcore.errors import DeviceFaultError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning, ConditioningCache
 from fluxcore.pipeline.denoise import DenoiseInputs, DenoiseStep, Inpainting, denoise
 from fluxcore.pipeline.embedding_store import EmbeddingStore
 from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack, unpack
-from fluxcore.pipeline.load import Components, load_components
+from fluxcore.pipeline.load import Components, default_side_px, load_components
 from fluxcore.pipeline.pictures import (
     fit_inpainted,
     fit_reference,
@@ -32,6 +32,7 @@ from fluxcore.pipeline.pictures import (
     to_pixels,
     to_token_mask,
 )
+from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
 from fluxcore.pipeline.result import (
     GenerationResult,
@@ -105,6 +106,7 @@ class FluxPipeline:
         self.text_encoder = components.text_encoder
         self.transformer = components.transformer
         self.vae = components.vae
+        self.stream = components.stream
         # What a base model steers away from where a request does not say.
         empty = () if self.info.is_distilled else (self.tokenizer.encode("").key,)
         self.conditioning_store = store
@@ -120,6 +122,7 @@ class FluxPipeline:
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[LoadProgress], None] | None = None,
+        residency: str = "auto",
         conditioning_cache_bytes: int = CONDITIONING_CACHE_BYTES,
         conditioning_store: Path | None = None,
         conditioning_store_bytes: int = 0,
@@ -132,6 +135,7 @@ class FluxPipeline:
             device: auto, cpu, cuda, cuda:N or mps.
             dtype: auto, float32, bfloat16 or float16.
             progress: called after every tensor.
+            residency: auto, resident, balanced or low: how much stays on the device.
             conditioning_cache_bytes: bound of the text-embedding cache.
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
@@ -144,6 +148,8 @@ class FluxPipeline:
         runtime = choose_runtime(device, dtype)
         with translated_errors():
             directory = bundled_model() if path is None else Path(path)
+            config = read_checkpoint_config(directory)
+            runtime = settle_residency(residency, config, runtime, default_side_px(config.vae))
             components = load_components(directory, runtime, progress)
         store = None
         if conditioning_store is not None and conditioning_store_bytes:
@@ -155,7 +161,8 @@ class FluxPipeline:
                 device=runtime.device,
                 decides={
                     "weights": component_identity(directory / "text_encoder"),
-                    **runtime.describe(),
+                    # Where the weights lie changes no value.
+                    **replace(runtime, residency="resident").describe(),
                 },
             )
         return cls(components, runtime, conditioning_cache_bytes, store)

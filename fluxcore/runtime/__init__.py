@@ -1,19 +1,28 @@
 """The device and how it is treated: the only package that asks which device it is.
 
-Owns the choice of device, dtypes and attention, memory figures, out-of-memory
-recognition and stage timing. Knows nothing of prompts or pictures.
+Owns the choice of device, dtypes, attention and residency, the streaming of layers, memory
+figures, out-of-memory recognition and stage timing. Knows nothing of prompts or pictures.
 """
 
 from fluxcore.runtime.device import Runtime, choose_runtime
 from fluxcore.runtime.dtypes import DtypePolicy
-from fluxcore.runtime.memory import host_peak_bytes, translated_errors
+from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
+from fluxcore.runtime.residency import WAYS, Choice, Residency, choose_residency
+from fluxcore.runtime.streaming import LayerStream, StreamedLayer
 from fluxcore.runtime.timing import StageTimes
 
 __all__ = [
+    "WAYS",
+    "Choice",
     "DtypePolicy",
+    "LayerStream",
+    "Residency",
     "Runtime",
     "StageTimes",
+    "StreamedLayer",
+    "choose_residency",
     "choose_runtime",
+    "host_available_bytes",
     "host_peak_bytes",
     "translated_errors",
 ]

@@ -16,7 +16,8 @@ from fluxcore.errors import DeviceUnavailableError
 from fluxcore.kernels import Kernels, plain_attention
 from fluxcore.runtime.attention import chunked_attention, contiguous_attention
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes, dtype_name
-from fluxcore.runtime.memory import host_peak_bytes
+from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes
+from fluxcore.runtime.residency import Residency
 
 KINDS = ("mps", "cuda", "cpu")
 
@@ -31,12 +32,14 @@ class Runtime:
             audits, which run the MPS rules on another device.
         dtypes: which dtype each part has.
         chip: the processor's name as the system gives it.
+        residency: how much of the model stays on the device.
     """
 
     device: torch.device
     kind: str
     dtypes: DtypePolicy
     chip: str
+    residency: Residency = "resident"
 
     def kernels(self) -> Kernels:
         """The functions that the networks are built with."""
@@ -73,6 +76,15 @@ class Runtime:
             return torch.mps.driver_allocated_memory()
         return host_peak_bytes()
 
+    def available_bytes(self) -> int:
+        """Memory that a model may be loaded into, in bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        if self.device.type == "mps":
+            within = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+            return min(within, host_available_bytes())
+        return host_available_bytes()
+
     def memory_bytes(self) -> dict[str, int]:
         """Memory in use by place; may be called from any thread, and waits for nothing."""
         places = {"host_peak": host_peak_bytes()}
@@ -102,6 +114,7 @@ class Runtime:
             "dtype": self.dtypes.name,
             "residual_dtype": dtype_name(residual),
             "vae_dtype": dtype_name(self.dtypes.vae),
+            "residency": self.residency,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": _system(),

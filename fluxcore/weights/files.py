@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,20 @@ class StoredTensor:
                     view = view[count:]
         except OSError as error:
             raise CheckpointFileError(f"{self.file} cannot be read: {error}") from error
+
+
+def read_stacked(tensors: Sequence[StoredTensor], target: Tensor) -> None:
+    """Read tensors into ``target``, stacked along dimension 0, through one host buffer each."""
+    row = 0
+    for tensor in tensors:
+        part = target[row : row + tensor.shape[0]]
+        row += tensor.shape[0]
+        if part.device.type == "cpu" and part.dtype == tensor.dtype and part.is_contiguous():
+            tensor.read_into(part)
+        else:
+            staged = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensor.read_into(staged)
+            part.copy_(staged)
 
 
 def stored_tensors(directory: Path, stem: str) -> dict[str, StoredTensor]:
@@ -126,7 +141,7 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Offsets from the file's header, once the library has checked the whole of it."""
     try:
-        with safe_open(path, framework="pt") as checked:
+        with safe_open(path, framework="numpy") as checked:
             names = list(checked.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointFileError(

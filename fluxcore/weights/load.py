@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fluxcore.config import Qwen3Config, TransformerConfig, VaeConfig
 from fluxcore.errors import CheckpointMismatchError
-from fluxcore.weights.files import StoredTensor, stored_tensors
+from fluxcore.weights.files import StoredTensor, read_stacked, stored_tensors
 from fluxcore.weights.layout import STEMS
 from fluxcore.weights.plan import WeightPlan, qwen3_plan, transformer_plan, vae_plan
 
@@ -40,8 +40,9 @@ class LoadReport:
     """What loading one component took.
 
     Attributes:
+        parameters: of the whole network, wherever they are.
         read_bytes: bytes of weights read from disk.
-        skipped_bytes: bytes on disk that the model does not need, and were not read.
+        skipped_bytes: bytes on disk that were not read: not needed, or only while in use.
         placed_bytes: bytes that the parameters take on the device.
     """
 
@@ -97,6 +98,7 @@ def load_component(
     directory: Path,
     placement: Placement,
     progress: Callable[[LoadProgress], None] | None = None,
+    left_out: tuple[str, ...] = (),
 ) -> tuple[Network, LoadReport]:
     """Build a network and fill every parameter from ``directory``.
 
@@ -104,6 +106,7 @@ def load_component(
         build: makes the network; called on the meta device, so it costs nothing.
         plan: which published tensors make which parameter.
         directory: the component's directory, named as in the published layout.
+        left_out: beginnings of parameters' names that are not to be read, nor placed.
 
     Raises:
         CheckpointNotFoundError: no weights there.
@@ -114,26 +117,25 @@ def load_component(
     component = directory.name
     stored = stored_tensors(directory, STEMS[component])
     _check(directory, plan, stored)
-    needed = [source for sources in plan.parts.values() for source in sources]
-    total = sum(stored[source.name].bytes for source in needed)
+    parts = {name: s for name, s in plan.parts.items() if not name.startswith(left_out or "\0")}
+    total = sum(stored[source.name].bytes for sources in parts.values() for source in sources)
     with torch.device("meta"):
         network = build().eval().requires_grad_(False)
 
-    done, placed, parameters = 0, 0, 0
-    for name, sources in plan.parts.items():
+    done, placed = 0, 0
+    for name, sources in parts.items():
         tensors = [stored[source.name] for source in sources]
         value = _place(tensors, placement, placement.dtype_of(name))
         _assign(network, name, value)
         done += sum(tensor.bytes for tensor in tensors)
         placed += value.nbytes
-        parameters += value.numel()
         if progress is not None:
             progress(LoadProgress(component, done, total))
-    left = [name for name, tensor in _tensors(network) if tensor.is_meta]
-    assert not left, f"the plan of {component} leaves parameters without weights: {left}"
+    empty = {name for name, tensor in _tensors(network) if tensor.is_meta} - plan.parts.keys()
+    assert not empty, f"the plan of {component} leaves parameters without weights: {empty}"
     report = LoadReport(
         component=component,
-        parameters=parameters,
+        parameters=plan.parameters,
         read_bytes=total,
         skipped_bytes=sum(tensor.bytes for tensor in stored.values()) - total,
         placed_bytes=placed,
@@ -165,22 +167,13 @@ def _check(directory: Path, plan: WeightPlan, stored: dict[str, StoredTensor]) -
 
 
 def _place(tensors: list[StoredTensor], placement: Placement, dtype: torch.dtype) -> Tensor:
-    """Stack stored tensors along dimension 0, on the device, through one host buffer each."""
+    """Stored tensors stacked along dimension 0, on the device."""
     rows = sum(tensor.shape[0] for tensor in tensors)
     shape = (rows, *tensors[0].shape[1:])
     last = placement.channels_last and len(shape) == 4
     layout = torch.channels_last if last else torch.contiguous_format
     value = torch.empty(shape, dtype=dtype, device=placement.device, memory_format=layout)
-    row = 0
-    for tensor in tensors:
-        part = value[row : row + tensor.shape[0]]
-        if part.device.type == "cpu" and part.dtype == tensor.dtype and part.is_contiguous():
-            tensor.read_into(part)
-        else:
-            staged = torch.empty(tensor.shape, dtype=tensor.dtype)
-            tensor.read_into(staged)
-            part.copy_(staged)
-        row += tensor.shape[0]
+    read_stacked(tensors, value)
     return value
 
 

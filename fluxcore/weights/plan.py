@@ -8,6 +8,7 @@ black-forest-labs/FLUX.2-klein-4B and the diffusers and transformers modules.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fluxcore.config import Qwen3Config, TransformerConfig, VaeConfig
@@ -34,6 +35,15 @@ class WeightPlan:
 
     parts: dict[str, tuple[Source, ...]]
     unused: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the network has."""
+        return sum(self.elements(name) for name in self.parts)
+
+    def elements(self, name: str) -> int:
+        """How many numbers one parameter has."""
+        return sum(math.prod(source.shape) for source in self.parts[name])
 
 
 def transformer_plan(config: TransformerConfig) -> WeightPlan:

@@ -18,7 +18,8 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import OutOfMemoryError
 from fluxcore.kernels import plain_attention
 from fluxcore.models.qwen3 import causal_mask
-from fluxcore.runtime import translated_errors
+from fluxcore.pipeline import residency
+from fluxcore.runtime import WAYS, translated_errors
 from fluxcore.runtime.attention import chunked_attention
 
 pytestmark = pytest.mark.device
@@ -84,6 +85,19 @@ def test_every_dtype_draws_the_same_picture(
 def test_the_same_seed_gives_the_same_bytes(on_gpu: FluxPipeline) -> None:
     pictures = [on_gpu.generate(REQUESTS["text"]).images[0].tobytes() for _ in range(3)]
     assert len(set(pictures)) == 1
+
+
+@pytest.mark.parametrize("host_bytes", [2**40, 0], ids=["kept on the host", "read each time"])
+def test_every_residency_draws_the_same_bytes(
+    device: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, host_bytes: int
+) -> None:
+    monkeypatch.setattr(residency, "host_available_bytes", lambda: host_bytes)
+    pictures = set()
+    for way in WAYS:
+        pipe = FluxPipeline.load(tiny_checkpoint, device=device, residency=way)
+        drawn = [pipe.generate(REQUESTS[name]).images[0].tobytes() for name in REQUESTS]
+        pictures.add(tuple(drawn))
+    assert len(pictures) == 1
 
 
 def test_attention_of_views_and_of_masks_is_right(on_gpu: FluxPipeline) -> None:

@@ -23,7 +23,7 @@ DRAW = """
 import json, sys
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.runtime import host_peak_bytes as peak
-pipe = FluxPipeline.load(sys.argv[1], device="cpu", dtype="bfloat16")
+pipe = FluxPipeline.load(sys.argv[1], device="cpu", dtype="bfloat16", residency="resident")
 loaded = peak()
 result = pipe.generate(GenerationParams(prompt="a fox", width=64, height=64, steps=1, seed=1))
 read = sum(report.read_bytes for report in pipe.info.load)

@@ -19,7 +19,7 @@ from fluxcore.config import TEXT_TOKENS, read_checkpoint_config
 from fluxcore.pipeline import Conditioning
 from fluxcore.pipeline.load import load_components
 from fluxcore.pipeline.pipeline import EncodedJob
-from fluxcore.runtime import Runtime
+from fluxcore.runtime import Residency, Runtime
 from fluxcore.runtime.dtypes import choose_dtypes
 from fluxcore.weights import load, weight_plan
 from fluxcore.weights.files import StoredTensor
@@ -54,11 +54,16 @@ class Drawn(NamedTuple):
     slices: list[Slice]
 
 
-def pipeline_on(directory: Path, dtype: str, device: torch.device = DEVICE) -> FluxPipeline:
+def pipeline_on(
+    directory: Path,
+    dtype: str,
+    device: torch.device = DEVICE,
+    residency: Residency = "resident",
+) -> FluxPipeline:
     """A pipeline under the rules of MPS, wherever its tensors lie."""
     chip = CHIPS[dtype]
     dtypes = choose_dtypes("mps", "auto", chip)
-    runtime = Runtime(device=device, kind="mps", dtypes=dtypes, chip=chip)
+    runtime = Runtime(device=device, kind="mps", dtypes=dtypes, chip=chip, residency=residency)
     return FluxPipeline(load_components(directory, runtime, None), runtime, CACHE_BYTES)
 
 

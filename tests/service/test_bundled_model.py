@@ -41,6 +41,7 @@ def client() -> Iterator[TestClient]:
 def test_health_and_answers_name_it(client: TestClient) -> None:
     health = client.get("/health").json()
     assert (health["model"], health["bundled"]) == ("fluxd-demo", True)
+    assert health["device"]["residency"] == "resident", "it fits everywhere"
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert names == ["fluxd-demo", *Settings().model_aliases]
     answer = client.post("/v1/generate", json={"prompt": "a red circle", "seed": 1})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import weakref
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from fluxcore.errors import DeviceError, DeviceUnavailableError, OutOfMemoryError
 from fluxcore.kernels import plain_attention
-from fluxcore.runtime import StageTimes, attention, choose_runtime, host_peak_bytes
+from fluxcore.runtime import StageTimes, attention, choose_runtime, host_peak_bytes, memory
 from fluxcore.runtime.attention import CHUNK_ROWS, chunked_attention, contiguous_attention
 from fluxcore.runtime.device import Runtime
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes
@@ -179,6 +181,15 @@ def test_a_runtime_describes_itself_in_text() -> None:
     assert told["torch"] == torch.__version__
     assert all(isinstance(value, str) and value for value in told.values())
     assert choose_runtime("cpu", "bfloat16").describe()["residual_dtype"] == "bfloat16"
+
+
+def test_free_memory_is_what_the_system_says_within_the_control_groups_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = choose_runtime("cpu", "float32").available_bytes()
+    assert 10**8 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "_control_group_bytes", lambda: [12_345])
+    assert memory.host_available_bytes() == (12_345 if sys.platform == "linux" else free)
 
 
 def test_release_collects_what_holds_itself() -> None:
