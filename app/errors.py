@@ -36,6 +36,7 @@ never hold a path of this machine or a traceback.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fluxcore.errors import (
     DeviceFaultError,
@@ -261,6 +262,20 @@ class OutOfDeviceMemoryError(ServiceError):
     status, code, is_retryable = 507, "out_of_memory", False
 
 
+def renamed(error: InvalidParamsError, names: Mapping[str, str]) -> InvalidRequestError:
+    """The error under the name that the request has for the field.
+
+    Args:
+        names: of those fields that the request calls by another name.
+    """
+    field, bracket, index = error.field.partition("[")
+    name = names.get(field, field) + bracket + index
+    message = error.message
+    if message.startswith(f"{error.field} "):
+        message = name + message.removeprefix(error.field)
+    return InvalidRequestError(message, param=name)
+
+
 def as_service_error(error: Exception) -> ServiceError:
     """What a client is told about ``error``; nothing of what it says unless it is for clients.
 
@@ -269,7 +284,7 @@ def as_service_error(error: Exception) -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, InvalidParamsError):
-        return InvalidRequestError(error.message, param=error.field)
+        return renamed(error, {"references": "images"})
     if isinstance(error, OutOfMemoryError):
         return OutOfDeviceMemoryError(
             "the job did not fit into the device's memory; "

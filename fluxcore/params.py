@@ -7,6 +7,7 @@ front end can validate a request without loading a framework.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,6 +27,9 @@ MAX_GUIDANCE = 30.0
 MAX_IMAGES = 10
 MAX_REFERENCES = 10
 MAX_PROMPT_CHARS = 32_000
+# A prompt needs one such character. Spelled out, because dialects of regular expressions
+# disagree about which of the others are white space; this means the same in all of them.
+SAYS_SOMETHING = r"[^\s\x1c-\x1f\x85\ufeff]"
 MAX_SEED = 2**63 - 1
 MIN_REFERENCE_SIDE_PX = 64
 MAX_REFERENCE_ASPECT = 8.0
@@ -77,7 +81,7 @@ class GenerationParams:
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt)
-        if not self.prompt.strip():
+        if re.search(SAYS_SOMETHING, self.prompt) is None:
             raise InvalidParamsError("prompt", "prompt must not be empty; say what to draw")
         if self.negative_prompt is not None:
             _check_prompt("negative_prompt", self.negative_prompt)
@@ -166,9 +170,10 @@ def check_side(name: str, value: int) -> None:
 def _check_reference_size(index: int, width_px: int, height_px: int) -> None:
     short, long = sorted((width_px, height_px))
     if short < MIN_REFERENCE_SIDE_PX or long > short * MAX_REFERENCE_ASPECT:
+        name = f"references[{index}]"
         raise InvalidParamsError(
-            "references",
-            f"reference {index + 1} must be at least {MIN_REFERENCE_SIDE_PX} pixels on each side "
+            name,
+            f"{name} must be at least {MIN_REFERENCE_SIDE_PX} pixels on each side "
             f"and at most {MAX_REFERENCE_ASPECT:g}:1; got {width_px}x{height_px}",
         )
 

@@ -14,7 +14,13 @@ from pydantic import BaseModel
 
 from app.api.bodies import FORM_TYPE, JSON_TYPE
 from app.api.negotiation import FORMATS
-from fluxcore.params import MAX_PROMPT_CHARS, MAX_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
+from fluxcore.params import (
+    MAX_PROMPT_CHARS,
+    MAX_SIDE_PX,
+    MIN_SIDE_PX,
+    SAYS_SOMETHING,
+    SIZE_MULTIPLE,
+)
 
 Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
@@ -25,7 +31,7 @@ SIDE_SCHEMA: Schema = {
     "maximum": MAX_SIDE_PX,
     "multipleOf": SIZE_MULTIPLE,
 }
-TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": r"\S"}
+TEXT_SCHEMA: Schema = {"minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": SAYS_SOMETHING}
 PICTURE_SCHEMA: Schema = {"type": "string", "format": "picture"}
 EVENTS_CONTENT: Schema = {
     "itemSchema": {

@@ -34,8 +34,6 @@ from fluxcore.errors import FluxError
 
 logger = logging.getLogger(__name__)
 
-# Names that differ between fluxcore's parameters and the request's fields.
-_FIELD_OF = {"references": "images"}
 _SHOWN_CHARS = 80
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _PRIVATE_FIELDS = frozenset({"prompt", "negative_prompt", "images", "image", "mask"})
@@ -116,9 +114,7 @@ def _as_known(request: Request, error: Exception) -> ServiceError:
         return ClientLeftError("the client closed the connection while sending")
     if isinstance(error, HTTPException):
         return _from_http(request, error)
-    known = as_service_error(error)
-    known.param = _FIELD_OF.get(known.param or "", known.param)
-    return known
+    return as_service_error(error)
 
 
 def _from_http(request: Request, error: HTTPException) -> ServiceError:

@@ -52,8 +52,8 @@ def _size(request: GenerationParams, default_side_px: int) -> tuple[int, int]:
         if max(request.width or width, request.height or height) > MAX_SIDE_PX:
             remedy = "" if request.mask is not None else ", or give width and height"
             raise InvalidParamsError(
-                "references",
-                f"reference 1 fitted to the model gives {width}x{height}, and a side has at most "
+                "references[0]",
+                f"references[0] fitted to the model gives {width}x{height}, and a side has at most "
                 f"{MAX_SIDE_PX} pixels; crop it to at most 4:1{remedy}",
             )
     return request.width or width, request.height or height

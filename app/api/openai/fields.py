@@ -179,7 +179,11 @@ class EditRequest(EditForm):
 class VariationForm(ImagesRequest):
     """The text fields of a variation: the prompt may be left out."""
 
-    prompt: str = VARIATION_PROMPT
+    prompt: str = Field(
+        VARIATION_PROMPT,
+        json_schema_extra=TEXT_SCHEMA,
+        description="What to draw; at most 32000 characters.",
+    )
 
     @property
     def wants_url(self) -> bool:

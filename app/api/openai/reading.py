@@ -7,7 +7,7 @@ An error names the field as the client sent it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL.Image import Resampling
 from app.api.input_pictures import InputPictures
 from app.api.openai.fields import MAX_PARTIAL_IMAGES, ImagesRequest
 from app.engine import Packing
-from app.errors import InvalidRequestError
+from app.errors import InvalidRequestError, renamed
 from app.settings import Settings
 from fluxcore.errors import InvalidParamsError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA
@@ -92,7 +92,7 @@ def read_fields(asked: ImagesRequest, settings: Settings, *, has_pictures: bool)
     try:
         params = GenerationParams(prompt=asked.prompt, **given)
     except InvalidParamsError as error:
-        raise _named(error, names) from None
+        raise renamed(error, names) from None
     size = (sides["width"], sides["height"]) if len(sides) == 2 else None
     return Drawn(params, _packing(asked), _previews(asked), size, names, warnings)
 
@@ -119,7 +119,7 @@ def with_pictures(drawn: Drawn, pictures: InputPictures, name: str) -> Generatio
     try:
         return replace(params, references=references, mask=mask)
     except InvalidParamsError as error:
-        raise _named(error, {**drawn.names, "references": name}) from None
+        raise renamed(error, {**drawn.names, "references": name}) from None
 
 
 def _one_of(asked: ImagesRequest, aliases: Sequence[str]) -> list[tuple[str, Any]]:
@@ -133,7 +133,7 @@ def _check(target: str, name: str, value: Any) -> None:
     try:
         GenerationParams(prompt="any", **given)
     except InvalidParamsError as error:
-        raise _named(error, {target: name}) from None
+        raise renamed(error, {target: name}) from None
 
 
 def _sides(
@@ -218,13 +218,3 @@ def _check_stretch(picture: tuple[int, int], drawn: Drawn) -> None:
             f"{picture[0]}x{picture[1]}; got {width}x{height} (auto takes the image's own)",
             param=param,
         )
-
-
-def _named(error: InvalidParamsError, names: Mapping[str, str]) -> InvalidRequestError:
-    """The error under the name that the client used."""
-    name = names.get(error.field, error.field)
-    message = error.message
-    if name != error.field:
-        own = f"{error.field} must"
-        message = message.replace(own, f"{name} must", 1)
-    return InvalidRequestError(message, param=name)

@@ -268,12 +268,15 @@ def test_what_is_wrong_with_a_form_is_named(client: TestClient) -> None:
     assert error["param"] == "stream"
     error = refusal(edit(client, IMAGE, ("image", ("b.png", b"no picture"))))
     assert error["param"] == "image[1]" and "is not a PNG, JPEG or WebP" in error["message"]
+    small = file_of(Image.new("RGB", (32, 32)))
+    error = refusal(edit(client, IMAGE, ("image", ("b.png", small))))
+    assert error["param"] == "image[1]" and error["message"].startswith("image[1] must be at least")
     error = refusal(edit(client, ("image", ("b.png", b""))))
     assert error["param"] == "image[0]" and "is empty" in error["message"]
     error = refusal(edit(client, IMAGE, ("mask", ("m.png", PNG)), ("mask", ("m.png", PNG))))
     assert error["param"] == "mask" and "once" in error["message"]
-    small = Image.new("RGBA", (64, 64))
-    error = refusal(edit(client, IMAGE, ("mask", ("m.png", file_of(small)))))
+    other = Image.new("RGBA", (64, 64))
+    error = refusal(edit(client, IMAGE, ("mask", ("m.png", file_of(other)))))
     assert error["param"] == "mask" and "size of the first reference" in error["message"]
     opaque = MASK_PICTURE.copy()
     opaque.putalpha(255)
