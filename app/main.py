@@ -21,6 +21,7 @@ from app import telemetry
 from app.api.drawing import Drawing
 from app.api.errors import install_error_handlers
 from app.api.generate import generate_routes
+from app.api.heads import with_heads
 from app.api.idempotency import Idempotency
 from app.api.jobs import JOBS_PATH, job_routes
 from app.api.metrics import Measured, loop_watched, metrics_routes
@@ -123,7 +124,7 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.add_middleware(
         Idempotency, answers=None if kept is None else kept.answers, own_paths=(JOBS_PATH,)
     )
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, metrics=engine.metrics)
     app.add_middleware(RequestContext)
     # Added last, and so the outermost.
     app.add_middleware(Measured, metrics=engine.metrics)
@@ -133,11 +134,11 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     names = ModelNames(engine, settings)
     app.include_router(generate_routes(drawing))
     app.include_router(image_routes(drawing, links, names))
-    app.include_router(model_routes(names))
-    app.include_router(link_routes(links))
-    app.include_router(job_routes(drawing, kept))
-    app.include_router(status_routes(engine, settings))
-    app.include_router(metrics_routes(engine, engine.metrics, kept))
+    app.include_router(with_heads(model_routes(names)))
+    app.include_router(with_heads(link_routes(links)))
+    app.include_router(with_heads(job_routes(drawing, kept)))
+    app.include_router(with_heads(status_routes(engine, settings)))
+    app.include_router(with_heads(metrics_routes(engine, engine.metrics, kept)))
     describe_guard(app, settings)
     return app
 
@@ -191,7 +192,7 @@ def create_server(settings: Settings, engine: Engine) -> Server:
     kept = open_kept(settings, engine)
     config = uvicorn.Config(
         create_app(settings, engine, kept),
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, engine.metrics),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -47,8 +47,8 @@ class Metrics:
         )
         self._rejections = Counter(
             "fluxd_rejections",
-            "Requests that were refused a place: jobs, pixels, work (the queue's bounds), "
-            "loading, shutting_down or engine_dead.",
+            "Requests that were refused, by the queue's bound (jobs, pixels, work) or by the "
+            "error's code: loading, invalid_api_key, rate_limit_exceeded and the like.",
             ["reason"],
             registry=registry,
         )
@@ -117,7 +117,7 @@ class Metrics:
             self._rejections.labels(reason)
 
     def rejected(self, reason: str) -> None:
-        """A request was refused a place."""
+        """A request was refused: no place, no key, a page that may not ask, too much."""
         self._rejections.labels(reason).inc()
 
     def began(self, waited_s: float) -> None:

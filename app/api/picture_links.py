@@ -123,7 +123,6 @@ def link_routes(links: PictureLinks) -> APIRouter:
         openapi_extra={"parameters": [name]},
         response_class=Response,
     )
-    router.add_api_route(path, picture, methods=["HEAD"], include_in_schema=False)
     return router
 
 

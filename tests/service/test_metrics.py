@@ -109,6 +109,24 @@ def test_a_client_that_leaves_is_counted(start_live: StartLive) -> None:
     assert value(found, "fluxd_images_total") == 0
 
 
+def test_what_the_guard_refuses_is_counted(start_live: StartLive) -> None:
+    live = start_live(settings={"rate_limit_per_minute": 2, "max_body_bytes": 100_000})
+    with live.client() as client:
+        client.get("/health", headers={"host": "evil.example"})
+        client.get("/health", headers={"origin": "http://evil.example"})
+        for content in (b"x" * 100_001, iter([b"x" * 60_000, b"x" * 60_000])):
+            client.post(
+                "/v1/generate", content=content, headers={"content-type": "application/json"}
+            )
+        client.post("/v1/generate", json={})
+    found = scraped(live)
+    for reason in ("host_not_allowed", "origin_not_allowed"):
+        assert value(found, "fluxd_rejections_total", reason=reason) == 1
+    # Announced in the one, found out while reading in the other.
+    assert value(found, "fluxd_rejections_total", reason="body_too_large") == 2
+    assert value(found, "fluxd_rejections_total", reason="rate_limit_exceeded") == 1
+
+
 def test_refusals_while_ending_are_counted(start_live: StartLive) -> None:
     live = start_live()
     live.engine.drain()
@@ -197,7 +215,9 @@ def test_metrics_need_a_key_where_there_are_keys(start: Start) -> None:
     key = new_key()
     client = start(api_keys=(f"scraper:{digest_of(key)}",))
     assert client.get("/metrics").status_code == 401
-    assert client.get("/metrics", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    answer = client.get("/metrics", headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == 200
+    assert value(parsed(answer.text), "fluxd_rejections_total", reason="invalid_api_key") == 1
 
 
 def test_a_real_pipeline_s_memory_and_cache_are_shown(

@@ -181,6 +181,10 @@ def test_connections_beyond_the_limit_are_told_so_and_beyond_twice_it_cut(
         stack.enter_context(connected(live))
         with connected(live) as surplus:
             assert all_of(surplus) == b""
+    refused = live.engine.metrics.registry.get_sample_value(
+        "fluxd_rejections_total", {"reason": "too_many_connections"}
+    )
+    assert refused is not None and refused >= 5
     wait_until(lambda: not live.server.server_state.connections)
     assert live.generate("next").status_code == 200
 

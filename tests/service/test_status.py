@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,6 +223,23 @@ def test_wrong_addresses_and_methods_have_the_one_shape(
     assert error_of(answer)["code"] == code
     if status == 405:
         assert answer.headers["allow"] in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/health", "/ready", "/metrics", "/v1/models", "/v1/models/fake-model", "/v1/jobs"],
+)
+def test_head_is_answered_as_get_without_the_body(
+    start_live: StartLive, tmp_path: Path, path: str
+) -> None:
+    live = start_live(settings={"data_dir": str(tmp_path)})
+    with live.client() as client:
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == get.status_code == 200
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert head.content == b"" and get.content != b""
+        # On the same connection: nothing of a body was left on it.
+        assert client.head("/v1/jobs/job_0").status_code == 404
 
 
 def test_a_bug_in_a_route_is_answered_without_its_traceback(

@@ -21,6 +21,7 @@ from app.api.errors import log_refusal, render
 from app.api.middleware import REQUEST_ID_HEADER, RequestContext
 from app.api.security.headers import add_security_headers
 from app.errors import InvalidRequestError, TooManyConnectionsError
+from app.metrics import Metrics
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ MIN_PART_BYTES = 256
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol with an end to every wait. Made by ``bounded_protocol``."""
 
+    metrics: ClassVar[Metrics]
     max_connections: ClassVar[int]
     client_timeout_s: ClassVar[float]
 
@@ -52,10 +54,12 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         # Be told of any byte that the system does not take at once, and when all are taken.
         transport.set_write_buffer_limits(high=0)
-        if len(self.connections) > self.max_connections * HARD_LIMIT:
-            transport.abort()
-        elif len(self.connections) > self.max_connections:
-            self.app = RequestContext(_refuse_connection)
+        if len(self.connections) > self.max_connections:
+            self.metrics.rejected(TooManyConnectionsError.code)
+            if len(self.connections) > self.max_connections * HARD_LIMIT:
+                transport.abort()
+            else:
+                self.app = RequestContext(_refuse_connection)
         self._watch_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -168,10 +172,11 @@ class _CountedConnection(h11.Connection):
         return event
 
 
-def bounded_protocol(settings: Settings) -> type[H11Protocol]:
+def bounded_protocol(settings: Settings, counted_in: Metrics) -> type[H11Protocol]:
     """The protocol with the limits of the settings."""
 
     class Bounded(BoundedProtocol):
+        metrics = counted_in
         max_connections = settings.max_connections
         client_timeout_s = settings.client_timeout_s
 

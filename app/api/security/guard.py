@@ -24,6 +24,7 @@ from app.api.security.proxies import TrustedProxies, client_address
 from app.api.security.rates import Allowance, RateLimiter
 from app.errors import AuthenticationError, RateLimitedError, ServiceError
 from app.keys import ApiKey, KeyRing
+from app.metrics import Metrics
 from app.settings import Settings
 
 # What needs no key: probes cannot send one, and the rest tells nothing about anybody.
@@ -35,9 +36,10 @@ PUBLIC_FILES = ("/files/",)
 class Guard:
     """Lets a request through, or answers it."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
         self._settings = settings
+        self._metrics = metrics
         self._proxies = TrustedProxies(settings.trusted_proxies)
         self._hosts = HostRules(settings.allowed_hosts, settings.host)
         self._origins = OriginRules(settings.cors_origins)
@@ -75,6 +77,14 @@ class Guard:
                     answer["connection"] = "close"
             await send(message)
 
+        async def receive_guarded() -> Message:
+            try:
+                return await body.receive()
+            except ServiceError as error:
+                # Answered by whoever reads the body.
+                self._metrics.rejected(error.code)
+                raise
+
         try:
             self._hosts.check(headers.get("host"))
             allowed_origin = self._origins.check(
@@ -88,7 +98,13 @@ class Guard:
             scope.setdefault("state", {})["client"] = client
             allowance = self._count(scope["method"], client, key)
             body.check_announced()
-            await self._app(scope, body.receive, send_guarded)
+        except ServiceError as error:
+            self._metrics.rejected(error.code)
+            log_refusal(scope["method"], error)
+            await render(error)(scope, receive, send_guarded)
+            return
+        try:
+            await self._app(scope, receive_guarded, send_guarded)
         except ServiceError as error:
             log_refusal(scope["method"], error)
             await render(error)(scope, receive, send_guarded)
