@@ -94,19 +94,28 @@ class Drawing:
     ) -> Job:
         """Accept the request as a job of the client that asks, or refuse it.
 
+        Its deadline is the setting ``request_timeout_s`` where ``options`` has none.
+
         Raises:
             InvalidParamsError: it does not fit the loaded model.
             ServiceError: no job is taken now.
         """
-        options = dataclasses.replace(options, client=request.state.client)
+        options = dataclasses.replace(
+            options,
+            client=request.state.client,
+            deadline_s=options.deadline_s or self.settings.request_timeout_s,
+        )
         return self.engine.submit(params, packing, request.state.request_id, options)
 
     async def outcome(self, request: Request, job: Job) -> JobOutcome:
         """Wait for the job; see ``outcome_of``."""
-        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
-        return await outcome_of(request, self.engine, job, timeout_s)
+        return await outcome_of(request, self.engine, job, _timeout_s(job))
 
     def stream(self, job: Job, narrator: Narrator) -> EventStream:
         """The job's events as an answer."""
-        timeout_s = job.options.deadline_s or self.settings.request_timeout_s
-        return EventStream(job_events(self.engine, job, narrator, timeout_s))
+        return EventStream(job_events(self.engine, job, narrator, _timeout_s(job)))
+
+
+def _timeout_s(job: Job) -> float:
+    assert job.options.deadline_s is not None, "whoever waits for a job waits for so long"
+    return job.options.deadline_s

@@ -27,8 +27,8 @@ MOST_PROMISES = 1000
 # One more place for every so many, and as much more work, open to clients of whom nothing
 # waits yet and to those who come back as they were told.
 EXTRA_SHARE = 4
-# One job counts as at most this share of the work that may be accepted: it alone must not
-# shut out the short ones, which pass it between two of its steps.
+# One job counts as at most this share of the work and of the pixels that may be accepted: it
+# alone must not shut out the small ones, which pass it between two of its steps.
 LARGEST_SHARE = 0.5
 
 
@@ -39,8 +39,8 @@ class Limits:
     Attributes:
         jobs: jobs that wait.
         pixels: of the pictures that waiting jobs draw and hold.
-        work_s: estimated seconds of all that waits and runs, of one job at most
-            ``LARGEST_SHARE`` of it.
+        work_s: estimated seconds of all that waits and runs.
+            Of both, one job counts for at most ``LARGEST_SHARE``.
         in_flight: jobs that have begun and not been answered.
     """
 
@@ -125,12 +125,13 @@ class Admission:
             most_s += limits.work_s / EXTRA_SHARE
         if own is None and asker.request is not None:
             places -= min(len(self._promises), limits.jobs // 2)
-        pixels = sum(load.pixels for load in waiting) + wanted.pixels
+        pixels = sum(self._counted_pixels(load) for load in (*waiting, wanted))
         work_s = sum(self._counted_s(load) for load in (*bounded, wanted))
         if len(waiting) >= places:
             bound, what = "jobs", f"{len(waiting)} jobs wait"
         elif waiting and pixels > limits.pixels:
-            bound, what = "pixels", f"waiting jobs would hold {pixels} pixels"
+            held = sum(load.pixels for load in (*waiting, wanted))
+            bound, what = "pixels", f"waiting jobs would hold {held} pixels"
         elif bounded and work_s > most_s:
             present_s = sum(load.work_s for load in bounded)
             bound, what = "work", f"there is work for about {present_s:.0f} s"
@@ -164,6 +165,9 @@ class Admission:
     def _counted_s(self, load: Load) -> float:
         return min(load.work_s, LARGEST_SHARE * self._limits.work_s)
 
+    def _counted_pixels(self, load: Load) -> float:
+        return min(load.pixels, LARGEST_SHARE * self._limits.pixels)
+
     def _free_in_s(self, wanted: Load, foreseen: Sequence[Load], promised: int) -> float:
         """When there is room, after so many who were refused before have come back."""
         # What those will ask for who come back is not known; something like the rest.
@@ -171,7 +175,7 @@ class Admission:
         limits, loads = self._limits, [*foreseen, *[Load(mean_s, 0)] * promised]
         waiting = [load for load in loads if load.is_bounded and load.is_waiting]
         places = limits.jobs - len(waiting)
-        pixels = limits.pixels - sum(load.pixels for load in waiting) - wanted.pixels
+        pixels = limits.pixels - sum(self._counted_pixels(load) for load in (*waiting, wanted))
         # Work that must be done before the new one's fits.
         excess_s = sum(self._counted_s(load) for load in loads if load.is_bounded)
         excess_s += self._counted_s(wanted) - limits.work_s
@@ -181,7 +185,7 @@ class Admission:
         for load in loads:
             if load.is_bounded and load.is_waiting:
                 # It begins, and leaves its place.
-                places, pixels = places + 1, pixels + load.pixels
+                places, pixels = places + 1, pixels + self._counted_pixels(load)
                 if places > 0 and pixels >= 0:
                     place_s = min(place_s, elapsed_s)
             if load.is_bounded:

@@ -148,10 +148,11 @@ class WorkLeft:
     def __init__(self, params: GenerationParams, resolved: Resolved, previews: int) -> None:
         width, height, images = resolved.width, resolved.height, len(resolved.seeds)
         passes = 1 if resolved.guidance is None else 2
-        references = sum(
-            _tokens(*fitted_size(picture)) - TEXT_TOKENS for picture in params.references
-        )
-        tokens = _tokens(width, height) + references
+        self._references = [
+            Unit("references", _tokens(*fitted_size(picture)) - TEXT_TOKENS)
+            for picture in params.references
+        ]
+        tokens = _tokens(width, height) + sum(unit.size for unit in self._references)
         shown = len(preview_steps(previews, resolved.start_step + 1, resolved.steps))
         self._unit_of = {
             "text": Unit("text", 1, passes),
@@ -163,33 +164,33 @@ class WorkLeft:
             "denoise": images * (resolved.steps - resolved.start_step),
             "decode": images * (1 + shown),
         }
-        if references:
-            self._unit_of["references"] = Unit("references", references)
-            self._left["references"] = 1
         held = (*params.references, *(() if params.mask is None else (params.mask,)))
         self.pixels = images * width * height + sum(p.width * p.height for p in held)
 
     def unit(self, stage: str) -> Unit:
-        """The slice that a stage of this job consists of."""
-        return self._unit_of[stage]
+        """The slice of a stage that comes next; each reference is one of its own size."""
+        return self._references[0] if stage == "references" else self._unit_of[stage]
 
     @property
     def next_unit(self) -> Unit:
         """The largest slice that may come next."""
-        order = ("text", "references", "denoise", "decode")
-        return self._unit_of[next((s for s in order if self._left.get(s)), "decode")]
+        if self._references and not self._left["text"]:
+            return self._references[0]
+        return self._unit_of[next((s for s in self._unit_of if self._left[s]), "decode")]
 
     def done(self, stage: str) -> None:
         """One slice less. A picture that is drawn once more takes more than was planned."""
-        self._left[stage] = max(0, self._left[stage] - 1)
+        if stage == "references":
+            self._references.pop(0)
+        else:
+            self._left[stage] = max(0, self._left[stage] - 1)
 
     def estimate_s(self, costs: CostModel) -> float:
         """What is left, in seconds."""
-        return sum(
-            count * costs.estimate_s(self._unit_of[stage])
-            for stage, count in self._left.items()
-            if count
+        rest = (
+            count * costs.estimate_s(self._unit_of[s]) for s, count in self._left.items() if count
         )
+        return sum(rest) + sum(map(costs.estimate_s, self._references))
 
 
 def _tokens(width: int, height: int) -> int:

@@ -74,6 +74,18 @@ class Policy:
             entry.estimate_version = self.costs.version
         return entry.estimate_s
 
+    def expected_s(self, entry: Entry, now_s: float) -> float:
+        """The seconds that a job will still have of the device: it may not live to have them all.
+
+        One that was cancelled ends with the slice in hand, any other at its deadline.
+        """
+        if entry.job.cancelled is not None:
+            return self.costs.estimate_s(entry.left.next_unit) if entry.is_active else 0.0
+        remaining_s = self.remaining_s(entry)
+        if entry.deadline_s is not None:
+            remaining_s = min(remaining_s, max(0.0, entry.deadline_s - now_s))
+        return remaining_s
+
     def key(self, entry: Entry, now_s: float) -> Key:
         """Sorts jobs by who goes first, the oldest job's share aside."""
         remaining_s = self.remaining_s(entry)

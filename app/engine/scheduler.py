@@ -70,8 +70,8 @@ class Scheduler:
     def work_s(self) -> float:
         """Estimated seconds of all that waits and runs."""
         with self._changed:
-            entries = (*self._active.values(), *self._waiting.values())
-            return sum(self._policy.remaining_s(entry) for entry in entries)
+            entries, now_s = (*self._active.values(), *self._waiting.values()), self._clock()
+            return sum(self._policy.expected_s(entry, now_s) for entry in entries)
 
     def check(self, client: str) -> None:
         """Refuse before a request's body is worked on.
@@ -94,6 +94,8 @@ class Scheduler:
             now_s = self._clock()
             if not options.is_admitted:
                 work_s = left.estimate_s(self._policy.costs)
+                if options.deadline_s is not None:
+                    work_s = min(work_s, options.deadline_s)
                 asker = self._asker(options.client, job.signature)
                 self._check(asker, Load(work_s, left.pixels))
             if self._closed:
@@ -192,7 +194,7 @@ class Scheduler:
             key = self._policy.key(entry, now_s)
             entries = (*self._active.values(), *self._waiting.values())
             return sum(
-                self._policy.remaining_s(other)
+                self._policy.expected_s(other, now_s)
                 for other in entries
                 if self._policy.key(other, now_s) <= key
             )
@@ -261,9 +263,10 @@ class Scheduler:
         )
 
     def _loads(self, entries: Iterable[Entry]) -> list[Load]:
+        now_s = self._clock()
         return [
             Load(
-                self._policy.remaining_s(entry),
+                self._policy.expected_s(entry, now_s),
                 entry.left.pixels,
                 is_waiting=not entry.is_active,
                 is_bounded=not entry.job.options.is_admitted,
@@ -274,12 +277,12 @@ class Scheduler:
     def _places(self) -> Iterator[tuple[Entry, Queued]]:
         """Every waiting job and its place."""
         position, elapsed_s = 0, 0.0
-        is_measured = self._policy.costs.is_measured
+        is_measured, now_s = self._policy.costs.is_measured, self._clock()
         for entry in self._foreseen():
             if not entry.is_active:
                 position += 1
                 yield entry, Queued(position, elapsed_s if is_measured else None)
-            elapsed_s += self._policy.remaining_s(entry)
+            elapsed_s += self._policy.expected_s(entry, now_s)
 
     def _place(self, job: Job) -> Queued | None:
         with self._changed:

@@ -235,17 +235,18 @@ class FluxPipeline:
     @torch.inference_mode()
     def encode_references(self, job: PreparedJob) -> EncodedReferences:
         """References to latents; with a mask, the first is the picture to paint in."""
-        packed, grids = [], []
-        for i, reference in enumerate(job.request.references):
-            painted = i == 0 and job.request.mask is not None
-            fitted = fit_inpainted(reference) if painted else fit_reference(reference)
-            with translated_errors():
-                latents = self.vae.encode(self._to_vae(to_pixels(fitted)))  # [1, C, h, w]
-            grids.append((latents.shape[2], latents.shape[3]))
-            packed.append(pack(latents).to(self.runtime.dtypes.weights))
-        if not packed:
-            return NO_REFERENCES
-        return EncodedReferences(torch.cat(packed, dim=1), tuple(grids), packed[0])
+        return _joined([self._encode_reference(job, i) for i in range(len(job.request.references))])
+
+    @torch.inference_mode()
+    def _encode_reference(self, job: PreparedJob, index: int) -> tuple[Tensor, Grid]:
+        """One of them. Shapes: [1, h w, C]."""
+        reference = job.request.references[index]
+        painted = index == 0 and job.request.mask is not None
+        fitted = fit_inpainted(reference) if painted else fit_reference(reference)
+        with translated_errors():
+            latents = self.vae.encode(self._to_vae(to_pixels(fitted)))  # [1, C, h, w]
+        packed = pack(latents).to(self.runtime.dtypes.weights)  # [1, h w, C]
+        return packed, (latents.shape[2], latents.shape[3])
 
     @torch.inference_mode()
     def denoise(
@@ -301,13 +302,13 @@ class FluxPipeline:
                 )
         yield Progress("text", 0, 0, steps)
 
-        references = NO_REFERENCES
-        if params.references:
+        pieces = []
+        for index in range(len(params.references)):
             with times.stage("references"):
-                references = self.encode_references(job)
+                pieces.append(self._encode_reference(job, index))
             yield Progress("references", 0, 0, steps)
 
-        encoded = EncodedJob(conditioning, negative, references)
+        encoded = EncodedJob(conditioning, negative, _joined(pieces))
         images: list[Image.Image] = []
         for index in range(len(resolved.seeds)):
             images.append((yield from self._draw(job, index, encoded, times)))
@@ -417,6 +418,14 @@ class FluxPipeline:
         x = x.to(self.runtime.dtypes.vae).to(self.runtime.device)
         layout = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
+
+
+def _joined(pieces: Sequence[tuple[Tensor, Grid]]) -> EncodedReferences:
+    """Encoded references as one sequence, in their order."""
+    if not pieces:
+        return NO_REFERENCES
+    tokens = [packed for packed, _ in pieces]
+    return EncodedReferences(torch.cat(tokens, dim=1), tuple(grid for _, grid in pieces), tokens[0])
 
 
 def _grid(width: int, height: int) -> Grid:

@@ -8,8 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from PIL import Image
 
-from app.engine.admission import LONGEST_GUESS_S, LONGEST_WAIT_S, MOST_PROMISES, Limits
+from app.engine.admission import (
+    LARGEST_SHARE,
+    LONGEST_GUESS_S,
+    LONGEST_WAIT_S,
+    MOST_PROMISES,
+    Limits,
+)
 from app.engine.costs import CostModel, Unit, WorkLeft
 from app.engine.events import Queued
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, Priority
@@ -253,6 +260,32 @@ def test_a_cancelled_job_in_flight_ends_at_the_next_turn_of_anyone() -> None:
     assert made.trace == ["long", "short"]
 
 
+def test_a_cancelled_job_counts_as_no_more_than_its_slice_in_hand() -> None:
+    made = device(Limits(jobs=100, work_s=40.0))
+    running, waiting = make("running", 512, steps=30), make("waiting", 512, steps=20)
+    made.scheduler.admit(running)
+    made.step()
+    made.scheduler.admit(waiting)
+    assert refused(made, make("a", 512, steps=12)).bound == "work"
+    running.cancel(ClientLeftError("gone"))
+    assert made.scheduler.work_s == pytest.approx(work_s(waiting) + STEP_S[512], rel=0.1)
+    made.scheduler.admit(make("a", 512, steps=12))
+
+
+def test_a_job_counts_as_no_more_than_it_can_do_until_its_deadline() -> None:
+    made = device(Limits(jobs=100, work_s=40.0))
+    made.scheduler.admit(make("running", 512, steps=30, deadline_s=5.0))
+    made.step()
+    assert made.scheduler.work_s == pytest.approx(5.0, abs=0.2)
+    waiting = make("waiting", 512, steps=30, deadline_s=8.0)
+    made.scheduler.admit(waiting)
+    assert made.scheduler.work_s == pytest.approx(13.0, abs=0.2)
+    behind = make("behind", 512, steps=40)
+    made.scheduler.admit(behind)
+    place = behind.place()
+    assert place is not None and place.eta_s == pytest.approx(13.0, abs=0.2)
+
+
 def test_no_more_jobs_are_in_flight_than_allowed() -> None:
     made = device(Limits(jobs=1000, work_s=1e6, in_flight=2))
     for name, steps in (("a", 50), ("b", 20), ("c", 4)):
@@ -332,6 +365,26 @@ def test_the_work_left_counts_every_slice() -> None:
     assert left.estimate_s(costs) == pytest.approx(4 * costs.estimate_s(left.unit("decode")))
 
 
+def test_each_reference_is_a_slice_of_its_own_size() -> None:
+    sizes = [(512, 512), (256, 256)]
+    params = GenerationParams(
+        prompt="x", steps=1, seed=0, references=tuple(Image.new("RGB", size) for size in sizes)
+    )
+    left = WorkLeft(params, FakePipeline().prepare(params).params, previews=0)
+    costs = CostModel()
+    before_s = left.estimate_s(costs)
+    assert left.next_unit.stage == "text"
+    left.done("text")
+    for tokens in (1024, 256):
+        unit = left.next_unit
+        assert unit == left.unit("references") == Unit("references", tokens)
+        rest_s = left.estimate_s(costs)
+        left.done("references")
+        assert left.estimate_s(costs) == pytest.approx(rest_s - costs.estimate_s(unit))
+    assert left.next_unit.stage == "denoise"
+    assert left.estimate_s(costs) < before_s
+
+
 # --- admission -------------------------------------------------------------
 
 
@@ -382,6 +435,13 @@ def test_pixels_and_work_are_bounded_but_a_single_job_always_fits() -> None:
     made.scheduler.admit(make("b", 512))
     assert refused(made, make("c", 512)).bound == "pixels"
     made.scheduler.admit(make("small", 256))
+    # One that is larger than all may be counts as half of it, and leaves room for others.
+    made = device(Limits(jobs=100, pixels=600_000, work_s=1e6))
+    made.scheduler.admit(make("runs"))
+    made.step()
+    made.scheduler.admit(make("huge", 1024))
+    made.scheduler.admit(make("a", 512))
+    assert refused(made, make("b", 512)).bound == "pixels"
     made = device(Limits(jobs=100, work_s=40.0))
     made.scheduler.admit(make("long", 512, steps=50))
     made.scheduler.admit(make("waits", 512, steps=25))
@@ -533,7 +593,8 @@ class Oracle:
         assert scheduler.in_flight <= self.limits.in_flight
         assert scheduler.depth <= self.limits.jobs * 5 // 4
         waiting = list(scheduler._waiting.values())
-        pixels = sum(entry.left.pixels for entry in waiting)
+        most = LARGEST_SHARE * self.limits.pixels
+        pixels = sum(min(entry.left.pixels, most) for entry in waiting)
         assert len(waiting) <= 1 or pixels <= self.limits.pixels
 
     def judge(self, turn: Turn) -> None:

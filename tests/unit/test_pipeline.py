@@ -269,11 +269,12 @@ def test_the_cache_is_as_large_as_it_was_ordered(tiny_checkpoint: Path) -> None:
 
 
 def test_progress_comes_in_the_order_of_the_work(pipe: FluxPipeline) -> None:
-    request = params(n=2, references=(painting(64, 64),))
+    request = params(n=2, references=(painting(64, 64), painting(64, 96)))
     told = list(pipe.run(request))
+    before = [("text", 0), ("references", 0), ("references", 0)]
     picture = [("denoise", 1), ("denoise", 2), ("decode", 2)]
-    assert [(p.stage, p.step) for p in told] == [("text", 0), ("references", 0), *picture, *picture]
-    assert [p.image_index for p in told] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert [(p.stage, p.step) for p in told] == [*before, *picture, *picture]
+    assert [p.image_index for p in told] == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert {p.steps for p in told} == {2}
     for p in told:
         assert (p.denoise_step is not None) == (p.stage == "denoise")
