@@ -6,10 +6,8 @@ Nothing here waits for a job, and nothing for the disk but the request that asks
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import re
-import secrets
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -58,7 +56,7 @@ from app.errors import InvalidRequestError, NotFoundError, StorageError
 from app.jobs.answers import RequestKey
 from app.jobs.files import is_job_id, new_job_id
 from app.jobs.opening import Kept
-from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest
+from app.jobs.records import JobRecord, JobStatus, NewJob, StoredRequest, settled
 from app.outbound import MAX_URL_CHARS
 
 logger = logging.getLogger(__name__)
@@ -70,7 +68,6 @@ DEFAULT_PAGE = 20
 LARGEST_PAGE = 100
 # A job may wait for the weekend to be over.
 LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
-SEED_BITS = 32
 _NO_JOB = "there is no such job, or no longer"
 _IMAGE_NAME = re.compile(r"([0-9]{1,3})(\.[a-z]{3,4})?")
 
@@ -154,10 +151,7 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         await _stored(jobs.store.check_limits())
         pictures = await drawing.decode(asked.images or (), asked.mask)
         params = with_pictures(params, asked, pictures)
-        drawing.engine.check_request(params)
-        if params.seed is None:
-            # Settled now, so that a job that is run again draws the same.
-            params = dataclasses.replace(params, seed=secrets.randbits(SEED_BITS))
+        params = settled(params, drawing.engine.check_request(params))
         created_s = time.time()
         new = NewJob(
             id=new_job_id(),

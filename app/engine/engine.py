@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from app import telemetry
 from app.engine.admission import Limits
-from app.engine.contract import Cache, Loader, Pipeline, Result
+from app.engine.contract import Cache, Loader, Pipeline, Resolved, Result
 from app.engine.events import Preview
 from app.engine.flight import FlightTimes, PreviewPicture
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
@@ -167,14 +167,17 @@ class Engine:
         with self._rejections_counted():
             return self._pipeline().info.default_side_px
 
-    def check_request(self, params: GenerationParams) -> None:
+    def check_request(self, params: GenerationParams) -> Resolved:
         """Refuse a request that is to be submitted some other time.
+
+        Returns:
+            It with every default of the loaded model filled in.
 
         Raises:
             InvalidParamsError: it does not fit the loaded model.
             EngineDeadError, ShuttingDownError, NotReadyError.
         """
-        self._pipeline().prepare(params)
+        return self._pipeline().prepare(params).params
 
     def submit(
         self,

@@ -6,6 +6,7 @@ and where they are.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 import secrets
@@ -16,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from app.engine import JobOutcome
+from app.engine.contract import Resolved
 from app.engine.packing import Packing
 from app.errors import ServiceError
 from fluxcore.params import GenerationParams
@@ -36,7 +38,29 @@ class JobStatus(StrEnum):
         return self in FINAL
 
 
+# A seed that nobody asked for is short enough to be typed.
+SEED_BITS = 32
+
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
+
+
+def settled(params: GenerationParams, resolved: Resolved) -> GenerationParams:
+    """The request with what it leaves open, so that it draws the same whenever it is run.
+
+    Args:
+        resolved: it with the defaults of the model that is loaded now; later it may be another.
+    """
+    open_fields: dict[str, Any] = {
+        "steps": resolved.steps,
+        # A scale of 1 is none.
+        "guidance": 1.0 if resolved.guidance is None else resolved.guidance,
+        "seed": secrets.randbits(SEED_BITS),
+    }
+    if params.mask is None:
+        # Else the size is the picture's own, on every model.
+        open_fields |= {"width": resolved.width, "height": resolved.height}
+    left_open = {n: value for n, value in open_fields.items() if getattr(params, n) is None}
+    return dataclasses.replace(params, **left_open)
 
 
 @dataclass(frozen=True, slots=True)

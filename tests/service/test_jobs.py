@@ -30,7 +30,7 @@ from tests.service.conftest import (
     error_of,
     wait_until,
 )
-from tests.service.fake_pipeline import FakePipeline
+from tests.service.fake_pipeline import FakeModel, FakePipeline
 from tests.service.processes import FLUXD, ServerProcess
 
 SLOW = (sys.executable, "-m", "tests.service.slow_server")
@@ -555,6 +555,29 @@ def test_the_same_picture_comes_of_a_job_that_is_run_again(
             png = {"Accept": "image/png"}
             again = client.post("/v1/generate", json={**body, "seed": image["seed"]}, headers=png)
             assert client.get(f"{path}/images/0").content == again.content
+
+
+def test_a_job_s_defaults_are_those_of_the_model_that_accepted_it(
+    start_live: StartLive, data: str
+) -> None:
+    first = start_live(settings={"data_dir": data})
+    first.pipeline.close_gate()
+    with first.client() as client:
+        accept(client)
+        first.pipeline.started.wait()
+        job = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
+    first.engine.hurry()
+    first.server.should_exit = True
+    wait_until(lambda: first.engine.status().state in ("draining", "stopped"))
+    first.pipeline.gate.set()
+    first.thread.join(PATIENCE_S)
+    larger = FakePipeline(info=FakeModel(default_side_px=128))
+    with start_live(larger, settings={"data_dir": data}).client() as client:
+        path = f"/v1/jobs/{job['id']}"
+        wait_until(lambda: client.get(path).json()["status"] == "completed")
+        done = client.get(path).json()
+        assert (done["params"]["width"], done["params"]["height"]) == (64, 64)
+        assert done["params"]["steps"] == 4
 
 
 def test_many_clients_at_once_leave_a_clean_house(
