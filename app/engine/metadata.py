@@ -93,8 +93,8 @@ def parameters_text(made: Provenance, prompt_chars: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def png_text(made: Provenance) -> PngInfo:
-    """Text chunks: ``parameters`` and the standard keywords.
+def png_text(made: Provenance) -> list[tuple[bytes, bytes]]:
+    """Text chunks as (type, data): ``parameters`` and the standard keywords.
 
     Latin-1 text goes into tEXt chunks, all other text into iTXt ones.
     Source: PNG specification, third edition, 11.3.3.1 (keywords).
@@ -111,7 +111,7 @@ def png_text(made: Provenance) -> PngInfo:
     ):
         # A zero byte ends a field in this format.
         chunks.add_text(keyword, text.replace("\0", ""))
-    return chunks
+    return [(kind, data) for kind, data, *_ in chunks.chunks]
 
 
 def exif(made: Provenance) -> Image.Exif:

@@ -1,12 +1,13 @@
 """Finished pictures to PNG, JPEG or WebP bytes, off the worker thread.
 
-Owns the encoders' settings and the threads they run on. Pillow lets go of the
-interpreter lock while it compresses, so pictures of one job are packed side by side.
+Owns the encoders' settings and the threads they run on. The encoders let go of the
+interpreter lock while they compress, so pictures of one job are packed side by side.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,11 +17,12 @@ from typing import Literal
 from PIL import Image
 
 from app.engine.metadata import Provenance, exif, png_text
+from app.engine.png import Map, write_png
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 PACKING_THREADS = 2
-# Higher levels take several times as long for a few percent of the bytes.
-PNG_COMPRESS_LEVEL = 1
+# For the strips of PNG files; a picture of 1024x1024 has twelve.
+STRIP_THREADS = min(8, os.cpu_count() or 1)
 WEBP_METHOD = 4
 DEFAULT_QUALITY = 90
 # From this quality on, colours are kept at full resolution.
@@ -46,12 +48,19 @@ class PackedPicture:
     height: int
 
 
-def pack_picture(picture: Image.Image, packing: Packing, made: Provenance) -> PackedPicture:
-    """Write one picture, with what made it, to bytes."""
+def pack_picture(
+    picture: Image.Image, packing: Packing, made: Provenance, spread: Map = map
+) -> PackedPicture:
+    """Write one picture, with what made it, to bytes.
+
+    Args:
+        spread: maps the parts of a PNG file, on threads or not.
+    """
+    if packing.format == "png":
+        data = write_png(picture, png_text(made), spread)
+        return PackedPicture(data, "png", made.seed, picture.width, picture.height)
     target = io.BytesIO()
     match packing.format:
-        case "png":
-            picture.save(target, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=png_text(made))
         case "jpeg":
             subsampling = "4:4:4" if packing.quality >= FULL_CHROMA_QUALITY else "4:2:0"
             picture.save(
@@ -71,6 +80,8 @@ class PackingPool:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(PACKING_THREADS, thread_name_prefix="fluxd-pack")
+        # Apart from those that wait for them.
+        self._strips = ThreadPoolExecutor(STRIP_THREADS, thread_name_prefix="fluxd-strip")
         self._lock = threading.Lock()
 
     def pack(
@@ -96,7 +107,8 @@ class PackingPool:
                 deliver(started)
 
         started += [
-            self._pool.submit(pack_picture, picture, packing, made) for picture, made in pictures
+            self._pool.submit(pack_picture, picture, packing, made, self._strips.map)
+            for picture, made in pictures
         ]
         for future in started:
             future.add_done_callback(one_done)
@@ -116,7 +128,7 @@ class PackingPool:
         """
 
         def work() -> None:
-            packed = pack_picture(picture, packing, made)
+            packed = pack_picture(picture, packing, made, self._strips.map)
             if previous is not None:
                 # Begun before this one, so that waiting for it cannot block for ever.
                 wait((previous,))
@@ -127,3 +139,4 @@ class PackingPool:
     def close(self) -> None:
         """End the threads after what they have in hand."""
         self._pool.shutdown(wait=True)
+        self._strips.shutdown(wait=True)
