@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -141,6 +142,12 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(with_heads(metrics_routes(engine, engine.metrics, kept)))
     describe_guard(app, settings)
     return app
+
+
+def openapi_document(settings: Settings) -> dict[str, Any]:
+    """What ``GET /openapi.json`` answers under these settings; nothing is loaded or started."""
+    engine = create_engine(settings, pipeline_loader(settings.model, settings))
+    return create_app(settings, engine).openapi()
 
 
 class Server(uvicorn.Server):

@@ -51,7 +51,17 @@ def generate_routes(drawing: Drawing) -> APIRouter:
         response_class=Response,
     )
     async def generate(request: Request) -> Response:
-        """Draw pictures. ``Accept: image/png`` (jpeg, webp) gives the bytes of one."""
+        """Draw pictures. ``Accept: image/png`` (jpeg, webp) gives the bytes of one.
+
+        The bytes come with ``X-Fluxd-Seed``, ``-Size``, ``-Steps``, ``-Model`` and
+        ``-Cache-Hit``, and ``X-Fluxd-Warning`` for each warning.
+
+        With ``stream``, events tell how it goes: ``queued`` (``position``, ``eta_s``),
+        ``started``, ``step`` (``image_index``, ``step``, ``steps``, ``percent`` of the whole,
+        ``eta_s``), ``preview`` (``image_index``, ``step``, ``b64``, ``width``, ``height``,
+        ``format``) where ``previews`` are asked for, and last ``completed``, which holds the
+        whole answer, or ``error``.
+        """
         asked = await read_generate(request, drawing.settings, GenerateRequest)
         if asked.stream:
             kind = AnswerKind(is_json=True, format=asked.output_format or DEFAULT_FORMAT)
@@ -110,7 +120,7 @@ def _picture_answer(outcome: JobOutcome, kind: AnswerKind, warnings: list[str]) 
 def _responses() -> Responses:
     answer = {
         "model": GenerateResponse,
-        "description": "The pictures, as JSON the bytes of one, or events.",
+        "description": "The pictures as JSON, the bytes of one, or events.",
         "content": {**pictures_content(), EVENTS_TYPE: EVENTS_CONTENT},
     }
     return {200: answer, **errors(406, *JOB_ERRORS)}

@@ -129,7 +129,13 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
         responses=errors(404, 422, *JOB_ERRORS),
     )
     async def create(request: Request) -> Response:
-        """Accept a job. It is drawn even if the service ends and starts again meanwhile."""
+        """Accept a job. It is drawn even if the service ends and starts again meanwhile.
+
+        The address in ``webhook`` is told of the end: a ``POST`` of ``type`` (``job.completed``,
+        ``job.failed`` or ``job.cancelled``), ``timestamp`` and ``data`` (the job), signed as
+        Standard Webhooks says and repeated up to five times within 75 minutes until it is
+        answered with 2xx. Redirects are not followed.
+        """
         jobs = opened().jobs
         # Refused before its body is read.
         is_form(request)
@@ -273,8 +279,9 @@ def job_routes(drawing: Drawing, kept: Kept | None) -> APIRouter:
     async def events(request: Request, job_id: str) -> Response:
         """How a job stands now, then what becomes of it, as server-sent events.
 
-        The last one is named after the job's final status. A stream that ends without it
-        was cut, by a restart for one: ask again.
+        ``queued``, ``started``, ``step`` and ``preview`` are as in ``POST /v1/generate``. The
+        last one is named after the job's final status. A stream that ends without it was cut,
+        by a restart for one: ask again.
         """
         record = await find(request, job_id)
         if record.status.is_final and request.headers.get("last-event-id") == END_ID:

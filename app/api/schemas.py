@@ -69,7 +69,8 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     prompt: str = Field(
-        json_schema_extra=TEXT_SCHEMA, description="What to draw; at most 32000 characters."
+        json_schema_extra=TEXT_SCHEMA,
+        description="What to draw. Of more than 512 tokens the rest is cut; warnings says so.",
     )
     negative_prompt: str | None = Field(
         None,
@@ -79,8 +80,8 @@ class GenerateRequest(BaseModel):
     width: Whole | None = Field(
         None,
         json_schema_extra=SIDE_SCHEMA,
-        description="Pixels; a multiple of 16 from 64 to 2048. Default: a setting, else the "
-        "model's own.",
+        description="Pixels. Default: the first reference's (1024x1024 at most in area), else "
+        "a setting, else the model's own.",
     )
     height: Whole | None = Field(
         None, json_schema_extra=SIDE_SCHEMA, description="Pixels, as width."
@@ -104,43 +105,43 @@ class GenerateRequest(BaseModel):
     steps: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 1, "maximum": MAX_STEPS},
-        description="1 to 200. Default: the model's.",
+        description="Default: the model's; 4 on distilled models, 50 on base models.",
     )
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": MAX_GUIDANCE},
-        description="0 to 30; has an effect on base models only.",
+        description="Has an effect on base models only. Default there: 4.",
     )
     seed: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": MAX_SEED},
-        description="0 to 2**63 - 1; picture i uses seed + i. Default: random.",
+        description="Picture i uses seed + i. Default: random, and told.",
     )
     n: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES},
-        description="Number of pictures, 1 to 10. Default: 1.",
+        description="Number of pictures. Default: 1.",
     )
     schedule: Schedule | None = Field(None, description="Default: flux, the reference's.")
     power_alpha: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         None,
         json_schema_extra={"exclusiveMinimum": 0, "maximum": MAX_POWER_ALPHA},
-        description="Exponent of the power schedule, above 0 to 10. Default: 2.",
+        description="Exponent of the power schedule. Default: 2.",
     )
     images: Annotated[list[_Picture], Field(fail_fast=True)] | None = Field(
         None,
         json_schema_extra={"maxItems": MAX_REFERENCES},
-        description="Up to 10 reference pictures: PNG, JPEG or WebP as base64 or data URL.",
+        description="Reference pictures: PNG, JPEG or WebP.",
     )
     mask: _Picture | None = Field(
         None,
         description="Inpainting on the first reference: transparent (or, without "
-        "transparency, white) parts are drawn again.",
+        "transparency, white) parts are drawn again. Of the same size.",
     )
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         None,
         json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
-        description="Inpainting only: share of the schedule that is run, above 0 to 1.",
+        description="With a mask only: share of the schedule that is run. Default: 1.",
     )
     output_format: PictureFormat | None = Field(
         None, description="Default: what Accept asks for, else png."

@@ -1,4 +1,4 @@
-"""The command line: ``fluxd serve | generate | settings | hash-key | random-checkpoint``.
+"""The command line: ``fluxd serve | generate | settings | openapi | hash-key | random-checkpoint``.
 
 Wiring only. Everything heavy is imported inside the commands, so that help and
 usage errors come at once. Exit status: 0 done, 2 wrong usage or parameters, 1 any
@@ -201,6 +201,25 @@ def generate(
             ),
             loaded.values,
         )
+
+
+@cli.command()
+def openapi(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As a page to read, such as docs/api.md.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Print the description of all routes for programs, as JSON; nothing is started."""
+    with plain_errors():
+        import json
+
+        from app.api.reference import reference_page
+        from app.main import openapi_document
+
+        document = openapi_document(_load({}, config, None).values)
+        text = reference_page(document) if markdown else json.dumps(document, indent=2) + "\n"
+        typer.echo(text, nl=False)
 
 
 @cli.command("random-checkpoint")

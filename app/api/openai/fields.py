@@ -43,9 +43,13 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, protected_namespaces=())
 
-    prompt: str = Field(json_schema_extra=TEXT_SCHEMA, description="At most 32000 characters.")
+    prompt: str = Field(json_schema_extra=TEXT_SCHEMA, description="What to draw.")
     model: str | None = Field(None, description="Any name; the loaded model serves it.")
-    n: Whole | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES})
+    n: Whole | None = Field(
+        None,
+        json_schema_extra={"minimum": 1, "maximum": MAX_IMAGES},
+        description="Number of pictures. Default: 1.",
+    )
     size: str | None = Field(
         None,
         json_schema_extra={"pattern": SIZE_OR_EMPTY_PATTERN},
@@ -57,7 +61,9 @@ class ImagesRequest(BaseModel):
     response_format: Literal["url", "b64_json", "base64"] | None = Field(
         None, description="Default: url for model names that begin with dall-e, else b64_json."
     )
-    output_format: Literal["png", "jpeg", "webp", "jpg"] | None = None
+    output_format: Literal["png", "jpeg", "webp", "jpg"] | None = Field(
+        None, description="Default: png."
+    )
     output_compression: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": 100},
@@ -69,7 +75,9 @@ class ImagesRequest(BaseModel):
     ] = Field(None, description="The model draws opaque pictures only.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: Whole | None = Field(
-        None, json_schema_extra={"minimum": 0, "maximum": MAX_PARTIAL_IMAGES}
+        None,
+        json_schema_extra={"minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
+        description="With stream: pictures of what is coming, at most. Default: 0.",
     )
     moderation: _Unused = None
     style: _Unused = None
@@ -82,7 +90,7 @@ class ImagesRequest(BaseModel):
     num_inference_steps: _Steps = Field(None, description="Default: the model's.")
     steps: _Steps = Field(None, description="The same as num_inference_steps.")
     step: _Steps = Field(None, description="The same as num_inference_steps.")
-    guidance_scale: _Guidance = Field(None, description="0 to 30; base models only.")
+    guidance_scale: _Guidance = Field(None, description="Base models only.")
     guidance: _Guidance = Field(None, description="The same as guidance_scale.")
     cfg_scale: _Guidance = Field(None, description="The same as guidance_scale.")
     cfg: _Guidance = Field(None, description="The same as guidance_scale.")

@@ -48,7 +48,12 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
     router = APIRouter()
 
     async def generations(request: Request) -> Response:
-        """Draw pictures from a prompt."""
+        """Draw pictures from a prompt.
+
+        With ``stream``, events are OpenAI's: ``image_generation.partial_image`` up to
+        ``partial_images`` times, then ``image_generation.completed`` for each picture, or
+        ``error``. Unknown fields are ignored.
+        """
         check_json(request)
         return await draw(
             request,
@@ -58,7 +63,11 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         )
 
     async def edits(request: Request) -> Response:
-        """Draw pictures from a prompt and pictures, or draw the part under a mask again."""
+        """Draw pictures from a prompt and pictures, or draw the part under a mask again.
+
+        Files of a form are called ``image`` or ``image[]``. With ``stream``, events are
+        ``image_edit.partial_image`` and ``image_edit.completed``, as for generations.
+        """
         if is_form(request):
             form = await read_form(request, drawing.settings.max_body_bytes)
             fields = parse_fields(form, EditForm)

@@ -1,0 +1,66 @@
+"""The pages in docs/: what is made from the code is up to date, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.api.reference import reference_page
+from app.main import create_app, create_engine, openapi_document
+from app.settings import Settings
+from tests.docs.blocks import PAGES, ROOT
+
+FLUXD = Path(sys.executable).parent / "fluxd"
+
+
+def headings(page: Path) -> set[str]:
+    """Where links into a page may lead."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in found)
+    return {anchor.replace(" ", "-") for anchor in words}
+
+
+def test_the_api_page_is_what_the_code_says() -> None:
+    made = reference_page(openapi_document(Settings()))
+    kept = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert made == kept, "make it anew: fluxd openapi --markdown > docs/api.md"
+
+
+def test_fluxd_openapi_prints_what_the_service_answers(tmp_path: Path) -> None:
+    printed = subprocess.run(
+        [FLUXD, "openapi"], cwd=tmp_path, capture_output=True, timeout=60, check=True
+    ).stdout
+    settings = Settings()
+    engine = create_engine(settings, lambda progress: None)  # type: ignore[arg-type, return-value]
+    client = TestClient(create_app(settings, engine), base_url="http://127.0.0.1")
+    assert json.loads(printed) == client.get("/openapi.json").json()
+
+
+def test_every_field_of_a_request_is_explained() -> None:
+    for path, operations in openapi_document(Settings())["paths"].items():
+        for operation in operations.values():
+            assert operation["description"], path
+            content = operation.get("requestBody", {}).get("content", {})
+            for name, field in (
+                content.get("application/json", {}).get("schema", {}).get("properties", {}).items()
+            ):
+                assert field.get("description"), (path, name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.is_file()], ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in headings(there), target
