@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 from app.api.reference import reference_page
 from app.main import create_app, create_engine, openapi_document
 from app.settings import Settings
-from tests.docs.blocks import PAGES, ROOT
+from tests.docs.blocks import PAGES, ROOT, blocks_of
+from tests.docs.diagram import diagram
 
 FLUXD = Path(sys.executable).parent / "fluxd"
 
@@ -64,3 +65,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert there.exists(), target
         if anchor:
             assert anchor in headings(there), target
+
+
+def test_the_diagram_is_what_import_linter_checks() -> None:
+    (block,) = [
+        block for block in blocks_of(ROOT / "docs/architecture.md") if block.language == "mermaid"
+    ]
+    assert block.text == diagram(), "make it anew: python -m tests.docs.diagram"
