@@ -8,7 +8,7 @@ seed and the same number of GPUs.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo.captions import caption
-from demo.edits import random_edit
+from demo.edits import COMBINATIONS, EDITS, HARD_EDITS, Maker, random_edit
 from demo.render import SceneBatch
 from demo.scenes import Scene, random_scene
 from fluxcore.text.tokenizer import TEMPLATE
@@ -47,6 +47,9 @@ class Kind:
 
 
 DRAW, EDIT, COMBINE = Kind("draw", 256, 256), Kind("edit", 256, 256), Kind("combine", 256, 256)
+LARGE = Kind("draw", 512, 512)
+COMPILED = (DRAW, EDIT, LARGE)
+"""Kinds that come so often that compiling for them pays; it takes half a minute each."""
 OTHER_SIZES = (
     (512, 512),
     (128, 128),
@@ -61,24 +64,59 @@ OTHER_SIZES = (
     (256, 128),
     (512, 384),
 )
-CYCLE: tuple[Kind | None, ...] = (
-    DRAW, EDIT, DRAW, EDIT, DRAW, COMBINE, DRAW, EDIT, DRAW, EDIT,
-    DRAW, EDIT, DRAW, None, DRAW, EDIT, DRAW, EDIT, DRAW, COMBINE,
-)  # fmt: skip
-"""The order of batches, over and over; None is one of the other sizes, in turn."""
+EDITED_SIZES = ((128, 128), (192, 192), (256, 384), (384, 256), (384, 384), (512, 512))
+"""Those of them that come with a reference, too."""
 
 
-def kind_of(step: int, *, other_sizes: bool = True) -> Kind:
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """How often each task and size comes.
+
+    Attributes:
+        cycle: the order of batches, over and over; None is one of the other sizes, in turn.
+        edits: how often each task with one reference comes.
+    """
+
+    cycle: tuple[Kind | None, ...]
+    edits: Mapping[Maker, float]
+
+
+MIXES = {
+    "even": Mix(
+        (
+            DRAW, EDIT, DRAW, EDIT, DRAW, COMBINE, DRAW, EDIT, DRAW, EDIT,
+            DRAW, EDIT, DRAW, None, DRAW, EDIT, DRAW, EDIT, DRAW, COMBINE,
+        ),
+        EDITS,
+    ),
+    "hard": Mix(
+        (
+            EDIT, None, DRAW, EDIT, None, EDIT, DRAW, COMBINE, None, EDIT,
+            DRAW, None, EDIT, DRAW, None, EDIT, None, EDIT, DRAW, EDIT,
+        ),
+        HARD_EDITS,
+    ),
+    "sizes": Mix(
+        (
+            LARGE, EDIT, None, DRAW, LARGE, None, EDIT, LARGE, None, DRAW,
+            LARGE, EDIT, None, LARGE, None, EDIT, None, LARGE, DRAW, None,
+        ),
+        HARD_EDITS,
+    ),
+}  # fmt: skip
+"""At first; more of what is hard; and other sizes than 256x256, of which 512x512 is hardest."""
+
+
+def kind_of(step: int, mix: Mix) -> Kind:
     """What batch number ``step`` holds."""
-    kind = CYCLE[step % len(CYCLE)]
+    kind = mix.cycle[step % len(mix.cycle)]
     if kind is not None:
         return kind
-    if not other_sizes:
-        return DRAW
-    turn = step // len(CYCLE)
+    of_before = mix.cycle[: step % len(mix.cycle)].count(None)
+    turn = step // len(mix.cycle) * mix.cycle.count(None) + of_before
     width, height = OTHER_SIZES[turn % len(OTHER_SIZES)]
-    small = width * height <= 256 * 256
-    return Kind("edit" if small and turn % 3 == 0 else "draw", width, height)
+    with_reference = turn // len(OTHER_SIZES) % 3 == 2 and (width, height) in EDITED_SIZES
+    return Kind("edit" if with_reference else "draw", width, height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +165,7 @@ class Examples(IterableDataset[Batch]):
 
     Args:
         tokens: text and image tokens of one batch, about; decides how many examples it has.
+        mix: a name in ``MIXES``.
         first: number of the first batch, to go on where another run ended.
     """
 
@@ -139,10 +178,10 @@ class Examples(IterableDataset[Batch]):
         seed: int,
         rank: int = 0,
         first: int = 0,
-        other_sizes: bool = True,
+        mix: str = "even",
     ) -> None:
         self.tokenizer, self.text_tokens, self.tokens = tokenizer, text_tokens, tokens
-        self.seed, self.rank, self.first, self.other_sizes = seed, rank, first, other_sizes
+        self.seed, self.rank, self.first, self.mix = seed, rank, first, MIXES[mix]
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -155,17 +194,17 @@ class Examples(IterableDataset[Batch]):
             step += stride
 
     def size_of(self, kind: Kind) -> int:
-        """Examples in a batch: a multiple of 8. Rare kinds run uncompiled and get half."""
-        tokens = self.tokens if kind in (DRAW, EDIT) else self.tokens // 2
+        """Examples in a batch: a multiple of 8. Rare kinds run uncompiled and get a third."""
+        tokens = self.tokens if kind in COMPILED else self.tokens // 3
         return max(8, tokens // (self.text_tokens + kind.image_tokens) // 8 * 8)
 
     def make(self, step: int, prompts: Prompts) -> Batch:
         """Batch number ``step``."""
         rng = random.Random(f"{self.seed}/{self.rank}/{step}")
-        kind = kind_of(step, other_sizes=self.other_sizes)
+        kind = kind_of(step, self.mix)
         examples = []
         while len(examples) < self.size_of(kind):
-            text, scenes = example(kind, rng)
+            text, scenes = example(kind, rng, self.mix.edits)
             if prompts.fits(text):
                 examples.append((text, scenes))
         ids, count = prompts.encode([text for text, _ in examples])
@@ -173,12 +212,15 @@ class Examples(IterableDataset[Batch]):
         return Batch(kind, ids, count, tuple(SceneBatch.of(column) for column in columns))
 
 
-def example(kind: Kind, rng: random.Random) -> tuple[str, tuple[Scene, ...]]:
+def example(
+    kind: Kind, rng: random.Random, edits: Mapping[Maker, float] = EDITS
+) -> tuple[str, tuple[Scene, ...]]:
     """One caption, the picture that it means, and the references it speaks of."""
     if kind.task == "draw":
         scene = random_scene(rng, kind.width, kind.height)
         return ("" if rng.random() < UNCAPTIONED_SHARE else caption(scene, rng)), (scene,)
-    edit = random_edit(rng, kind.width, kind.height, references=REFERENCES[kind.task])
+    shares = edits if kind.task == "edit" else COMBINATIONS
+    edit = random_edit(rng, kind.width, kind.height, shares)
     return edit.instruction, (edit.target, *edit.references)
 
 

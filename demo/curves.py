@@ -19,12 +19,14 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-PROGRAMS = ("vae", "flow", "long", "distilled")
+PROGRAMS = ("vae", "flow", "long", "distilled", "later", "sizes")
 TITLES = {
     "vae": "autoencoder: PSNR of training batches, dB",
     "flow": "flow matching, 64 text tokens: loss",
     "long": "flow matching, 512 text tokens: loss",
     "distilled": "distillation to 4 steps: loss",
+    "later": "flow matching, more of what is hard: loss",
+    "sizes": "flow matching, other sizes: loss",
 }
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="the folder with vae.jsonl, flow.jsonl ...")
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6), dpi=100)
+    figure, grid = plt.subplots(3, 2, figsize=(9, 9), dpi=100)
     for axes, name in zip(grid.flat, PROGRAMS, strict=True):
         draw(axes, name, rows_of(arguments.runs / f"{name}.jsonl"))
     figure.tight_layout()

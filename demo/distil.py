@@ -14,40 +14,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from demo.batches import Batch, Examples, Prompts, loader
-from demo.learner import Learner, compiled_for
-from demo.optimisers import make_optimisers
-from demo.run import Average, Curve, Gradients, Run, load, save, set_lr, trapezoid
-from demo.train import (
-    arguments_of,
-    curve_name,
-    noise_levels,
-    quick_judgement,
-    velocity_loss,
-)
+from demo.learner import Learner
+from demo.run import Curve, Run, load, save
+from demo.steps import Lesson, Steps
+from demo.train import arguments_of, noise_levels, quick_judgement, velocity_loss
 from fluxcore.pipeline.schedule import sigmas
 
 STEPS = 4
 VISITED_SHARE = 0.7
 """Of examples that stand at a noise level which a picture of 4 steps visits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Noise and the picture that the teacher drew from it, for one batch.
-
-    Shapes: noise, clean and each reference [B, L, C], bfloat16.
-    """
-
-    batch: Batch
-    noise: Tensor
-    clean: Tensor
-    references: tuple[Tensor, ...]
 
 
 def draw_pool(
@@ -56,9 +37,9 @@ def draw_pool(
     run: Run,
     prompts: Prompts,
     arguments: argparse.Namespace,
-) -> list[Pair]:
+) -> list[Lesson]:
     """Let the teacher draw; kept on the GPU in bfloat16."""
-    pool: list[Pair] = []
+    pool: list[Lesson] = []
     drawn = 0
     empty = prompts.encode([""])
     while drawn < arguments.pool and run.elapsed_s() < arguments.pool_seconds:
@@ -75,70 +56,65 @@ def draw_pool(
             arguments.guidance,
             (empty[0].to(run.device), empty[1].to(run.device)),
         )
-        small = (noise.bfloat16(), clean.bfloat16(), tuple(r.bfloat16() for r in references))
-        pool.append(Pair(replace(batch, scenes=()), *small))
+        given = tuple(reference.bfloat16() for reference in references)
+        pool.append(Lesson(replace(batch, scenes=()), clean.bfloat16(), given, noise.bfloat16()))
         drawn += len(target)
     run.say(f"{drawn} pictures by the teacher on each GPU")
     return pool
 
 
-def straight_loss(learner: Learner, pair: Pair) -> Tensor:
-    """Mean squared error of the velocity along the straight line. Shapes: -> []."""
-    noise, clean = pair.noise.float(), pair.clean.float()
-    count = len(noise)
-    levels = torch.tensor(sigmas("flux", STEPS, noise.shape[1], 2.0)[:-1], device=noise.device)
-    visited = levels[torch.randint(len(levels), (count,), device=noise.device)]
-    visits = torch.rand(count, device=noise.device) < VISITED_SHARE
-    t = torch.where(visits, visited, noise_levels(count, noise.device))
-    return velocity_loss(learner, pair.batch, clean, noise, pair.references, t)
+class StraightLoss:
+    """Mean squared error of the velocity along the line from a noise to its picture."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, Tensor] = {}
+
+    def __call__(self, learner: Learner, lesson: Lesson) -> Tensor:
+        """Shapes: -> []."""
+        assert lesson.noise is not None, "the pool keeps the noise of every picture"
+        noise, clean = lesson.noise.float(), lesson.clean.float()
+        count, levels = len(noise), self._visited(noise)
+        visited = levels[torch.randint(len(levels), (count,), device=noise.device)]
+        visits = torch.rand(count, device=noise.device) < VISITED_SHARE
+        t = torch.where(visits, visited, noise_levels(count, noise.device))
+        return velocity_loss(learner, lesson, clean, noise, t)
+
+    def _visited(self, noise: Tensor) -> Tensor:
+        """The levels of a picture of 4 steps; kept, since a graph cannot fetch them."""
+        tokens = noise.shape[1]
+        if tokens not in self._levels:
+            levels = sigmas("flux", STEPS, tokens, 2.0)[:-1]
+            self._levels[tokens] = torch.tensor(levels, device=noise.device)
+        return self._levels[tokens]
 
 
 def distil(arguments: argparse.Namespace) -> None:
     """The whole run."""
     run = Run.start(arguments.seed)
     learner = Learner(arguments.vae, run.device)
-    transformer, text_encoder = networks = learner.networks()
+    transformer, text_encoder = learner.networks()
     load(arguments.resume, transformer=transformer, text_encoder=text_encoder)
-    if arguments.compile:
-        learner.compile_blocks()
     examples = Examples(
         arguments.tokenizer,
         arguments.text_tokens,
         arguments.tokens,
         seed=arguments.seed + 7,
         rank=run.rank,
+        mix=arguments.mix,
     )
     prompts = Prompts(arguments.tokenizer, arguments.text_tokens)
     curve = Curve(arguments.out / "distilled.jsonl", run)
     torch.manual_seed(arguments.seed + 100 + run.rank)
     pool = draw_pool(learner, iter(loader(examples, arguments.workers)), run, prompts, arguments)
-    optimisers = make_optimisers(networks, arguments.matrix_lr, arguments.other_lr)
-    gradients, average = Gradients(networks, run, 1.0), Average(networks, arguments.average)
+    steps = Steps(learner, run, StraightLoss(), curve, arguments)
     order = torch.Generator().manual_seed(arguments.seed)
-    step, progress = 0, 0.0
-    while progress < 1.0:
-        if step % 20 == 0:
-            progress = run.progress(step, arguments.steps, arguments.seconds)
-        set_lr(optimisers, trapezoid(progress, step, arguments.warm_up, arguments.decay_from))
-        pair = pool[int(torch.randint(len(pool), (), generator=order))]
-        gradients.clear()
-        with compiled_for(pair.batch.kind):
-            loss = straight_loss(learner, pair)
-            loss.backward()
-        norm = gradients.finish()
-        for optimiser in optimisers:
-            optimiser.step()
-        average.update()
-        if step % 50 == 0:
-            curve.add(step, **{curve_name(pair.batch.kind): loss.detach(), "norm": norm})
-        step += 1
-    average.swap()
-    for steps in (4, 2):
-        curve.add(
-            step, steps=steps, **quick_judgement(learner, prompts, run, arguments.judged, steps)
-        )
+    while steps.progress < 1.0:
+        steps.take(pool[int(torch.randint(len(pool), (), generator=order))])
+    steps.average.swap()
     if run.is_first:
         save(arguments.out / "distilled.pt", transformer=transformer, text_encoder=text_encoder)
+    shares = quick_judgement(learner, prompts, run, arguments.judged, STEPS)
+    curve.add(steps.step, **shares)
     run.end()
 
 

@@ -7,7 +7,7 @@ speak of stays as it is, down to its shade.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from demo.captions import background_text, figure_text, place_text
@@ -58,14 +58,18 @@ def random_edit(
     rng: random.Random,
     width: int = 256,
     height: int = 256,
+    shares: Mapping[Maker, float] | None = None,
     *,
-    references: int = 1,
     held_out: bool = False,
 ) -> Edit:
-    """A task with one or two references."""
-    makers, shares = zip(*(EDITS if references == 1 else COMBINATIONS).items(), strict=True)
+    """A task with references.
+
+    Args:
+        shares: how often each task comes; EDITS if nothing is said.
+    """
+    makers, weights = zip(*(EDITS if shares is None else shares).items(), strict=True)
     while True:
-        edit = rng.choices(makers, shares)[0](rng, width, height)
+        edit = rng.choices(makers, weights)[0](rng, width, height)
         if edit is not None and edit.is_held_out == held_out:
             text = edit.instruction
             if rng.random() < 0.2:
@@ -316,8 +320,8 @@ def _onto_background(rng: random.Random, width: int, height: int) -> Edit | None
     return Edit("background of another", (first, second), text, target)
 
 
-_Maker = Callable[[random.Random, int, int], Edit | None]
-EDITS: dict[_Maker, float] = {
+Maker = Callable[[random.Random, int, int], Edit | None]
+EDITS: Mapping[Maker, float] = {
     _recolour: 4.0,
     _move: 4.0,
     _resize: 1.5,
@@ -327,6 +331,17 @@ EDITS: dict[_Maker, float] = {
     _add: 3.0,
     _remove: 3.0,
 }
-"""One reference: how often each is drawn."""
-COMBINATIONS: dict[_Maker, float] = {_shape_in_colour: 3.0, _onto_background: 2.0}
+"""One reference: how often each is asked for, by the judge and at first in training."""
+HARD_EDITS: Mapping[Maker, float] = {
+    _recolour: 2.0,
+    _move: 5.0,
+    _resize: 4.0,
+    _reshape: 4.0,
+    _outline: 1.5,
+    _new_background: 3.0,
+    _add: 3.5,
+    _remove: 2.0,
+}
+"""The same with more of what is hard to learn, to go on with."""
+COMBINATIONS: Mapping[Maker, float] = {_shape_in_colour: 3.0, _onto_background: 2.0}
 """Two references."""

@@ -1,6 +1,6 @@
 """From trained networks to the checkpoint that ships.
 
-python -m demo.finish --networks .models/training/distilled.pt --out fluxcore/bundled/fluxd-demo
+python -m demo.finish --networks .models/training/sizes.pt --out fluxcore/bundled/fluxd-demo
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main() -> None:
     """Read the command line and write the directory, which must not exist yet."""
     parser = argparse.ArgumentParser(description="Write the trained model as a checkpoint.")
     parser.add_argument("--vae", type=Path, default=Path(".models/training/vae.pt"))
-    parser.add_argument("--networks", type=Path, default=Path(".models/training/distilled.pt"))
+    parser.add_argument("--networks", type=Path, default=Path(".models/training/sizes.pt"))
     parser.add_argument("--tokenizer", type=Path, default=Path(".models/training/tokenizer"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

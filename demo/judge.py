@@ -3,23 +3,11 @@
 The judge renders what the caption means and compares: the colour inside each figure
 with the twelve named ones, the figure's outline with that of every shape, its place,
 and the background. It is strict: a picture is right when everything in it is.
-
-    python -m demo.judge [MODEL] [--captions 1000] [--edits 300] [--device auto]
-
-judges a checkpoint directory on captions and edits that training never saw, in 4 steps
-at 256x256, with seeds 0, 1, 2 ... and prints what share is right.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,11 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from demo.captions import caption
-from demo.edits import Edit, random_edit
+from demo.edits import Edit
 from demo.language import COLOURS, SHAPES
 from demo.render import SceneBatch, background, coverage, render
-from demo.scenes import Scene, random_scene
+from demo.scenes import Scene
 
 LEAST_IOU = 0.7
 NEAR = 0.15
@@ -42,7 +29,6 @@ PLACE_SHARE = 0.06
 """How far a figure's middle may be off, as a share of the shorter side."""
 UNCHANGED_SHARE = 0.95
 """Of pixels that an edit does not speak of that must be near the reference's."""
-CAPTIONS_SEED, EDITS_SEED = 20_260_101, 20_260_102
 CRITERIA = ("colour", "shape", "place", "background", "outline", "unchanged")
 
 
@@ -228,65 +214,6 @@ def _shrunk(mask: Tensor, pixels: int) -> Tensor:
     return inside if bool(inside.any()) else mask
 
 
-@dataclass(slots=True)
-class Tally:
-    """Verdicts by group, and how often each criterion failed."""
-
-    right: Counter[str]
-    seen: Counter[str]
-    failures: dict[str, Counter[str]]
-
-    @classmethod
-    def empty(cls) -> Tally:
-        return cls(Counter(), Counter(), defaultdict(Counter))
-
-    def add(self, group: str, verdict: Verdict) -> None:
-        self.seen[group] += 1
-        self.right[group] += verdict.is_right
-        for name in CRITERIA:
-            self.failures[group][name] += not getattr(verdict, name)
-
-    def share(self, *groups: str) -> float:
-        """Of pictures that are right, over some groups."""
-        return sum(self.right[g] for g in groups) / max(1, sum(self.seen[g] for g in groups))
-
-    def table(self) -> str:
-        lines = [
-            f"| what | pictures | right | wrong: {' / '.join(CRITERIA)} |",
-            "|---|---|---|---|",
-        ]
-        for group in sorted(self.seen):
-            wrong = " / ".join(str(self.failures[group][name]) for name in CRITERIA)
-            lines.append(
-                f"| {group} | {self.seen[group]} | {100 * self.share(group):.1f} % | {wrong} |"
-            )
-        return "\n".join(lines)
-
-
-def group_of(scene: Scene) -> str:
-    """The row of the table that a captioned scene counts in."""
-    if len(scene.figures) == 1:
-        return "one object"
-    if scene.relation is not None:
-        return "two objects, related"
-    return "two objects, side by side or placed" if len(scene.figures) == 2 else "three objects"
-
-
-def held_out_captions(count: int) -> Iterator[tuple[str, Scene]]:
-    """Always the same captions of scenes that training never saw."""
-    rng = random.Random(CAPTIONS_SEED)
-    for _ in range(count):
-        scene = random_scene(rng, held_out=True)
-        yield caption(scene, rng), scene
-
-
-def held_out_edits(count: int) -> Iterator[Edit]:
-    """Always the same tasks with references; one in six has two."""
-    rng = random.Random(EDITS_SEED)
-    for i in range(count):
-        yield random_edit(rng, references=2 if i % 6 == 5 else 1, held_out=True)
-
-
 def picture_of(scene: Scene) -> Image.Image:
     """A scene as an 8-bit picture, to be given as a reference."""
     pixels = render(SceneBatch.of([scene]))[0].permute(1, 2, 0)
@@ -297,59 +224,3 @@ def to_pixels(image: Image.Image) -> Tensor:
     """Shapes: -> [3, H, W] in [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def main() -> None:
-    """Judge a checkpoint and print the table and, as the last line, JSON."""
-    parser = argparse.ArgumentParser(description="Judge a model that draws shapes.")
-    parser.add_argument("model", type=Path, nargs="?", help="default: the bundled model")
-    parser.add_argument("--captions", type=int, default=1000)
-    parser.add_argument("--edits", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--wrong", type=Path, help="write pictures that are wrong to this folder")
-    arguments = parser.parse_args()
-    started_s = time.monotonic()
-    tally = Tally.empty()
-    for number, (group, text, image, verdict) in enumerate(_drawn(arguments)):
-        tally.add(group, verdict)
-        if not verdict.is_right and arguments.wrong is not None:
-            arguments.wrong.mkdir(parents=True, exist_ok=True)
-            failed = "-".join(name for name in CRITERIA if not getattr(verdict, name))
-            name = "".join(c if c.isalnum() else "_" for c in text)[:100]
-            image.save(arguments.wrong / f"{number:04d}-{failed}-{name}.png")
-    print(tally.table())
-    edits = [group for group in tally.seen if group.startswith("edit: ")]
-    shares = {
-        "one object": tally.share("one object"),
-        "two objects, related": tally.share("two objects, related"),
-        "edits": tally.share(*edits),
-        "seconds": round(time.monotonic() - started_s, 1),
-    }
-    print(json.dumps(shares))
-
-
-def _drawn(arguments: argparse.Namespace) -> Iterable[tuple[str, str, Image.Image, Verdict]]:
-    from fluxcore import FluxPipeline, GenerationParams
-
-    pipe = FluxPipeline.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    for seed, (text, scene) in enumerate(held_out_captions(arguments.captions)):
-        params = GenerationParams(
-            prompt=text, width=scene.width, height=scene.height, steps=arguments.steps, seed=seed
-        )
-        image = pipe.generate(params).images[0]
-        yield group_of(scene), text, image, judge(to_pixels(image), scene)
-    for seed, edit in enumerate(held_out_edits(arguments.edits)):
-        params = GenerationParams(
-            prompt=edit.instruction,
-            references=tuple(picture_of(scene) for scene in edit.references),
-            steps=arguments.steps,
-            seed=seed,
-        )
-        image = pipe.generate(params).images[0]
-        yield f"edit: {edit.kind}", edit.instruction, image, judge_edit(to_pixels(image), edit)
-
-
-if __name__ == "__main__":
-    main()

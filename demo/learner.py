@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo.architecture import DEMO, build_modules
-from demo.batches import DRAW, EDIT, LONGEST_PROMPT, Batch, Kind
+from demo.batches import COMPILED, LONGEST_PROMPT, Batch, Kind
 from demo.render import render
 from demo.run import load
 from fluxcore.kernels import plain_attention
@@ -167,7 +167,7 @@ def compiled_for(kind: Kind) -> AbstractContextManager[None]:
     Compiling takes half a minute a size, so it only pays for a size that is used a lot.
     """
     stance: AbstractContextManager[None] = torch.compiler.set_stance(
-        "default" if kind in (DRAW, EDIT) else "force_eager"
+        "default" if kind in COMPILED else "force_eager"
     )
     return stance
 

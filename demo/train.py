@@ -17,19 +17,19 @@ import argparse
 import contextlib
 import random
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from demo.batches import DRAW, EDIT, Batch, Examples, Kind, Prompts, loader
-from demo.judge import group_of, held_out_captions, held_out_edits, judge, judge_edit
-from demo.learner import Learner, autocast, compiled_for
-from demo.optimisers import make_optimisers
+from demo.batches import DRAW, EDIT, MIXES, Batch, Examples, Prompts, loader
+from demo.exam import group_of, held_out_captions, held_out_edits
+from demo.judge import judge, judge_edit
+from demo.learner import Learner, autocast
 from demo.render import SceneBatch
-from demo.run import Average, Curve, Gradients, Run, load, save, set_lr, trapezoid
+from demo.run import Curve, Run, load, save
+from demo.steps import Lesson, Steps
 
 REPLAYED_BATCHES = 60
 
@@ -44,18 +44,6 @@ def noise_levels(count: int, device: torch.device) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A batch whose pictures are in the latent space.
-
-    Shapes: clean and each reference [B, h w, C] bfloat16.
-    """
-
-    batch: Batch
-    clean: Tensor
-    references: tuple[Tensor, ...]
-
-
 class Replay:
     """Fresh batches, each followed by some that were seen before.
 
@@ -66,45 +54,39 @@ class Replay:
 
     def __init__(self, learner: Learner, batches: Ahead, times: int, seed: int) -> None:
         self._learner, self._batches, self._times = learner, batches, times
-        self._kept: deque[Encoded] = deque(maxlen=REPLAYED_BATCHES)
+        self._kept: deque[Lesson] = deque(maxlen=REPLAYED_BATCHES)
         self._rng = random.Random(seed)
         self._turn = 0
 
-    def next(self) -> Encoded:
+    def next(self) -> Lesson:
         self._turn += 1
         if (self._turn - 1) % self._times and len(self._kept) > 4:
             return self._kept[self._rng.randrange(len(self._kept))]
         batch = self._batches.next()
         clean, *references = self._learner.latents(batch)
-        self._kept.append(Encoded(replace(batch, scenes=()), clean, tuple(references)))
+        self._kept.append(Lesson(replace(batch, scenes=()), clean, tuple(references)))
         return self._kept[-1]
 
 
-def flow_loss(learner: Learner, encoded: Encoded) -> Tensor:
+def flow_loss(learner: Learner, lesson: Lesson) -> Tensor:
     """Mean squared error of the velocity. Shapes: -> []."""
-    batch, clean = encoded.batch, encoded.clean.float()
+    clean = lesson.clean.float()
     t = noise_levels(len(clean), clean.device)
-    noise = torch.randn_like(clean)
-    return velocity_loss(learner, batch, clean, noise, encoded.references, t)
+    return velocity_loss(learner, lesson, clean, torch.randn_like(clean), t)
 
 
 def velocity_loss(
-    learner: Learner,
-    batch: Batch,
-    clean: Tensor,
-    noise: Tensor,
-    references: Sequence[Tensor],
-    t: Tensor,
+    learner: Learner, lesson: Lesson, clean: Tensor, noise: Tensor, t: Tensor
 ) -> Tensor:
     """Error of the velocity on the straight line from pictures to noise, at levels t.
 
-    Shapes: clean, noise and each reference [B, L, C], t [B] -> [].
+    Shapes: clean and noise [B, L, C] float32, t [B] -> [].
     """
-    level = t[:, None, None]
+    batch, level = lesson.batch, t[:, None, None]
     noisy = (1 - level) * clean + level * noise
     with autocast(clean.device):
         text = learner.conditioning(batch.ids, batch.count)
-        given = [reference.float() for reference in references]
+        given = [reference.float() for reference in lesson.references]
         velocity = learner.velocity(noisy, given, text, t, batch.kind)
     return (velocity.float() - (noise - clean)).square().mean()
 
@@ -154,12 +136,8 @@ def train(arguments: argparse.Namespace) -> None:
     transformer, text_encoder = learner.networks()
     if arguments.resume:
         load(arguments.resume, transformer=transformer, text_encoder=text_encoder)
-    networks = (transformer, text_encoder)
-    optimisers = make_optimisers(networks, arguments.matrix_lr, arguments.other_lr)
-    gradients, average = Gradients(networks, run, 1.0), Average(networks, arguments.average)
     curve = Curve(arguments.out / f"{arguments.name}.jsonl", run)
-    if arguments.compile:
-        learner.compile_blocks()
+    steps = Steps(learner, run, flow_loss, curve, arguments)
     examples = Examples(
         arguments.tokenizer,
         arguments.text_tokens,
@@ -167,54 +145,30 @@ def train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         rank=run.rank,
         first=arguments.first,
-        other_sizes=arguments.other_sizes,
+        mix=arguments.mix,
     )
     prompts = Prompts(arguments.tokenizer, arguments.text_tokens)
     torch.manual_seed(arguments.seed + 1 + run.rank)
-    step, progress, seen = 0, 0.0, 0
     next_judgement = 1
     with contextlib.closing(Ahead(examples, arguments.workers, run)) as batches:
         replay = Replay(learner, batches, arguments.replays, arguments.seed)
-        while progress < 1.0:
-            if step % 20 == 0:
-                progress = run.progress(step, arguments.steps, arguments.seconds)
-            set_lr(optimisers, trapezoid(progress, step, arguments.warm_up, arguments.decay_from))
-            encoded = replay.next()
-            gradients.clear()
-            with compiled_for(encoded.batch.kind):
-                loss = flow_loss(learner, encoded)
-                loss.backward()
-            norm = gradients.finish()
-            for optimiser in optimisers:
-                optimiser.step()
-            average.update()
-            seen += len(encoded.clean) * run.world
-            if step % 50 == 0:
-                name = curve_name(encoded.batch.kind)
-                curve.add(step, **{name: loss.detach(), "norm": norm, "examples": seen})
-            step += 1
-            if progress * arguments.judgements >= next_judgement:
+        while steps.progress < 1.0:
+            steps.take(replay.next())
+            if steps.progress * arguments.judgements >= next_judgement:
                 next_judgement += 1
-                average.swap()
+                steps.average.swap()
                 shares = quick_judgement(learner, prompts, run, arguments.judged // 2, 4)
-                average.swap()
-                curve.add(step, **shares)
-    average.swap()
-    for steps in (4,):
-        shares = quick_judgement(learner, prompts, run, arguments.judged, steps)
-        curve.add(step, steps=steps, **shares)
+                steps.average.swap()
+                curve.add(steps.step, **shares)
+    steps.average.swap()
     if run.is_first:
         save(
             arguments.out / f"{arguments.name}.pt",
             transformer=transformer,
             text_encoder=text_encoder,
         )
+    curve.add(steps.step, **quick_judgement(learner, prompts, run, arguments.judged, 4))
     run.end()
-
-
-def curve_name(kind: Kind) -> str:
-    """Losses of other sizes are larger, and have a curve of their own."""
-    return f"loss_{kind.task}" if (kind.width, kind.height) == (256, 256) else "loss_other_size"
 
 
 class Ahead:
@@ -255,7 +209,8 @@ def arguments_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--judged", type=int, default=400, help="captions at the end")
     parser.add_argument("--first", type=int, default=0, help="number of the first batch")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--other-sizes", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mix", choices=MIXES, default="even", help="of tasks and sizes")
     return parser
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from demo.batches import Examples, Prompts
-from demo.distil import Pair, draw_pool, straight_loss
+from demo.distil import StraightLoss, draw_pool
 from demo.learner import Learner
 from demo.run import Run, load
+from demo.steps import Lesson
 from fluxcore.bundled import bundled_model
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def learner() -> Learner:
 
 
 @pytest.fixture(scope="module")
-def pool(learner: Learner) -> list[Pair]:
+def pool(learner: Learner) -> list[Lesson]:
     prompts = Prompts(bundled_model() / "tokenizer", 64)
     examples = Examples(bundled_model() / "tokenizer", 64, 2600, seed=3)
     batches = iter([examples.make(0, prompts)])
@@ -38,22 +39,23 @@ def pool(learner: Learner) -> list[Pair]:
 
 
 def test_the_pool_holds_what_the_teacher_draws_from_the_noise(
-    learner: Learner, pool: list[Pair]
+    learner: Learner, pool: list[Lesson]
 ) -> None:
-    (pair,) = pool
-    assert pair.batch.scenes == ()
+    (lesson,) = pool
+    assert lesson.noise is not None
+    assert lesson.batch.scenes == ()
     again = learner.draw(
-        pair.noise.float(), (), pair.batch.ids, pair.batch.count, pair.batch.kind, 2
+        lesson.noise.float(), (), lesson.batch.ids, lesson.batch.count, lesson.batch.kind, 2
     )
-    distance = (again - pair.clean.float()).norm() / again.norm()
+    distance = (again - lesson.clean.float()).norm() / again.norm()
     assert float(distance) < 0.03  # the pool is kept in bfloat16
 
 
 def test_a_model_that_goes_straight_already_has_little_to_learn(
-    learner: Learner, pool: list[Pair]
+    learner: Learner, pool: list[Lesson]
 ) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
-        own = float(straight_loss(learner, pool[0]))
-        fresh = float(straight_loss(Learner(bundled_model(), CPU), pool[0]))
+        own = float(StraightLoss()(learner, pool[0]))
+        fresh = float(StraightLoss()(Learner(bundled_model(), CPU), pool[0]))
     assert own < 0.2 < 1.0 < fresh

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from demo.captions import caption
+from demo.exam import Tally, group_of, held_out_captions, held_out_edits
 from demo.judge import (
-    Tally,
     Verdict,
-    group_of,
-    held_out_captions,
-    held_out_edits,
     judge,
     judge_edit,
     nearest_colour,

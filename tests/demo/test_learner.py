@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from demo.batches import DRAW, EDIT, Examples, Prompts
+from demo.batches import (
+    DRAW,
+    EDIT,
+    EDITED_SIZES,
+    MIXES,
+    OTHER_SIZES,
+    Examples,
+    Kind,
+    Prompts,
+    kind_of,
+)
 from demo.judge import picture_of, to_pixels
 from demo.learner import Learner
 from demo.optimisers import Muon, make_optimisers, orthogonalise
 from demo.render import SceneBatch
-from demo.run import Average, Gradients, Run, load, save
+from demo.run import Curve, Run, load, save
 from demo.scenes import random_scene
-from demo.train import Encoded, flow_loss
+from demo.steps import Lesson, Steps
+from demo.train import arguments_of, flow_loss
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.bundled import bundled_model
 from fluxcore.pipeline.latents import draw_noise
@@ -61,15 +75,15 @@ def test_the_loss_is_small_on_the_trained_and_large_on_fresh_networks(learner: L
     batch = examples.make(1, Prompts(bundled_model() / "tokenizer", 512))
     assert batch.kind == EDIT
     clean, *references = learner.latents(batch)
-    encoded = Encoded(batch, clean, tuple(references))
+    lesson = Lesson(batch, clean, tuple(references))
     torch.manual_seed(0)
     with torch.no_grad():
-        trained = float(flow_loss(learner, encoded))
-        fresh = float(flow_loss(Learner(bundled_model(), CPU), encoded))
+        trained = float(flow_loss(learner, lesson))
+        fresh = float(flow_loss(Learner(bundled_model(), CPU), lesson))
     assert trained < 0.3 < 1.5 < fresh
 
 
-def test_a_step_of_training_moves_every_parameter_and_helps() -> None:
+def test_a_step_of_training_moves_every_parameter_and_helps(tmp_path: Path) -> None:
     """Four steps on one small batch, from a fresh start."""
     torch.manual_seed(1)
     learner = Learner(bundled_model(), CPU)
@@ -77,23 +91,33 @@ def test_a_step_of_training_moves_every_parameter_and_helps() -> None:
     examples = Examples(bundled_model() / "tokenizer", 64, 2600, seed=3)
     batch = examples.make(0, Prompts(bundled_model() / "tokenizer", 64))
     clean, *references = learner.latents(batch)
-    encoded = Encoded(batch, clean, tuple(references))
+    lesson = Lesson(batch, clean, tuple(references))
+    arguments = arguments_of("").parse_args(["--no-compile", "--warm-up", "1", "--steps", "4"])
     run = Run(CPU, rank=0, world=1)
-    gradients, average = Gradients(networks, run, 1.0), Average(networks, 0.9)
-    optimisers = make_optimisers(networks, 3e-3, 1.5e-3)
+    steps = Steps(learner, run, flow_loss, Curve(tmp_path / "curve.jsonl", run), arguments)
     losses = []
-    for _ in range(4):
-        gradients.clear()
-        loss = flow_loss(learner, encoded)
-        loss.backward()
-        gradients.finish()
-        for optimiser in optimisers:
-            optimiser.step()
-        average.update()
-        losses.append(float(loss.detach()))
+    for seed in (5, 5, 5, 5):  # the same noise, so that losses compare
+        torch.manual_seed(seed)
+        steps.take(lesson)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            losses.append(float(flow_loss(learner, lesson)))
     assert losses[-1] < losses[0]
+    assert steps.step == 4
     idle = [n for m in networks for n, p in m.named_parameters() if not p.grad.any()]
     assert idle == []
+    first = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["examples"] == len(clean) and first["loss_draw"] > 0
+
+
+def test_other_sizes_come_in_turn_and_some_with_a_reference() -> None:
+    kinds = Counter(kind_of(step, MIXES["hard"]) for step in range(20 * 12))
+    sizes = {(kind.width, kind.height) for kind in kinds}
+    assert sizes == {(256, 256), *OTHER_SIZES}
+    assert {kind for kind in kinds if kind.task == "edit"} == {
+        EDIT,
+        *(Kind("edit", *size) for size in EDITED_SIZES),
+    }
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:

@@ -1,0 +1,207 @@
+"""The exam: held-out captions and edits, drawn by a checkpoint and judged.
+
+    python -m demo.exam [MODEL] [--captions 1000] [--edits 300] [--size 256x256]
+
+Drawn in 4 steps with seeds 0, 1, 2 ...; prints what share is right, and as the last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from demo.captions import caption
+from demo.edits import COMBINATIONS, EDITS, Edit, random_edit
+from demo.judge import CRITERIA, Verdict, judge, judge_edit, picture_of, to_pixels
+from demo.scenes import Scene, random_scene
+
+CAPTIONS_SEED, EDITS_SEED = 20_260_101, 20_260_102
+
+
+@dataclass(slots=True)
+class Tally:
+    """Verdicts by group, and how often each criterion failed."""
+
+    right: Counter[str]
+    seen: Counter[str]
+    failures: dict[str, Counter[str]]
+
+    @classmethod
+    def empty(cls) -> Tally:
+        return cls(Counter(), Counter(), defaultdict(Counter))
+
+    def add(self, group: str, verdict: Verdict) -> None:
+        self.seen[group] += 1
+        self.right[group] += verdict.is_right
+        for name in CRITERIA:
+            self.failures[group][name] += not getattr(verdict, name)
+
+    def share(self, *groups: str) -> float:
+        """Of pictures that are right, over some groups."""
+        return sum(self.right[g] for g in groups) / max(1, sum(self.seen[g] for g in groups))
+
+    def table(self) -> str:
+        lines = [
+            f"| what | pictures | right | wrong: {' / '.join(CRITERIA)} |",
+            "|---|---|---|---|",
+        ]
+        for group in sorted(self.seen):
+            wrong = " / ".join(str(self.failures[group][name]) for name in CRITERIA)
+            lines.append(
+                f"| {group} | {self.seen[group]} | {100 * self.share(group):.1f} % | {wrong} |"
+            )
+        return "\n".join(lines)
+
+
+def group_of(scene: Scene) -> str:
+    """The row of the table that a captioned scene counts in."""
+    if len(scene.figures) == 1:
+        return "one object"
+    if scene.relation is not None:
+        return "two objects, related"
+    return "two objects, side by side or placed" if len(scene.figures) == 2 else "three objects"
+
+
+def held_out_captions(
+    count: int, width: int = 256, height: int = 256
+) -> Iterator[tuple[str, Scene]]:
+    """Always the same captions of scenes that training never saw."""
+    rng = random.Random(CAPTIONS_SEED)
+    for _ in range(count):
+        scene = random_scene(rng, width, height, held_out=True)
+        yield caption(scene, rng), scene
+
+
+def held_out_edits(count: int, width: int = 256, height: int = 256) -> Iterator[Edit]:
+    """Always the same tasks with references; one in six has two."""
+    rng = random.Random(EDITS_SEED)
+    for i in range(count):
+        shares = COMBINATIONS if i % 6 == 5 else EDITS
+        yield random_edit(rng, width, height, shares, held_out=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One picture to draw. The seed is its number."""
+
+    seed: int
+    asked: tuple[str, Scene] | Edit
+
+    @property
+    def group(self) -> str:
+        """The row of the table that it counts in."""
+        return (
+            f"edit: {self.asked.kind}" if isinstance(self.asked, Edit) else group_of(self.asked[1])
+        )
+
+    @property
+    def text(self) -> str:
+        return self.asked.instruction if isinstance(self.asked, Edit) else self.asked[0]
+
+
+Answer = tuple[str, Verdict]
+
+
+def answers(
+    questions: Sequence[Question], device: str, arguments: argparse.Namespace
+) -> list[Answer]:
+    """Draw and judge; in a process of its own where there are several."""
+    from fluxcore import FluxPipeline, GenerationParams
+
+    pipe = FluxPipeline.load(arguments.model, device=device, dtype=arguments.dtype)
+    found = []
+    for question in questions:
+        asked = question.asked
+        scene = asked.target if isinstance(asked, Edit) else asked[1]
+        references = asked.references if isinstance(asked, Edit) else ()
+        params = GenerationParams(
+            prompt=question.text,
+            references=tuple(picture_of(reference) for reference in references),
+            width=scene.width,
+            height=scene.height,
+            steps=arguments.steps,
+            seed=question.seed,
+        )
+        image = pipe.generate(params).images[0]
+        pixels = to_pixels(image)
+        verdict = judge_edit(pixels, asked) if isinstance(asked, Edit) else judge(pixels, scene)
+        found.append((question.group, verdict))
+        if not verdict.is_right and arguments.wrong is not None:
+            arguments.wrong.mkdir(parents=True, exist_ok=True)
+            failed = "-".join(name for name in CRITERIA if not getattr(verdict, name))
+            words = "".join(c if c.isalnum() else "_" for c in question.text)[:100]
+            kind = "edit" if isinstance(asked, Edit) else "draw"
+            image.save(arguments.wrong / f"{kind}-{question.seed:04d}-{failed}-{words}.png")
+    return found
+
+
+def examine(arguments: argparse.Namespace) -> Tally:
+    """Share the questions out among the processes, and those among the GPUs."""
+    width, height = arguments.size
+    questions = [
+        *(
+            Question(i, q)
+            for i, q in enumerate(held_out_captions(arguments.captions, width, height))
+        ),
+        *(Question(i, q) for i, q in enumerate(held_out_edits(arguments.edits, width, height))),
+    ]
+    tally, count = Tally.empty(), arguments.processes
+    devices = [arguments.device] * count
+    if arguments.device == "auto" and torch.cuda.is_available():
+        devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(count)]
+    parts = [questions[i::count] for i in range(count)]
+    if count == 1:
+        results = [answers(parts[0], devices[0], arguments)]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=spawn) as pool:
+            results = list(pool.map(answers, parts, devices, [arguments] * count))
+    for group, verdict in (answer for part in results for answer in part):
+        tally.add(group, verdict)
+    return tally
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height of ``384x256``."""
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def main() -> None:
+    """Examine a checkpoint and print the table and, as the last line, JSON."""
+    parser = argparse.ArgumentParser(description="Examine a model that draws shapes.")
+    parser.add_argument("model", type=Path, nargs="?", help="default: the bundled model")
+    parser.add_argument("--captions", type=int, default=1000)
+    parser.add_argument("--edits", type=int, default=300)
+    parser.add_argument("--size", type=size_of, default=(256, 256))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--processes", type=int, default=1, help="that draw at once")
+    parser.add_argument("--wrong", type=Path, help="write pictures that are wrong to this folder")
+    arguments = parser.parse_args()
+    started_s = time.monotonic()
+    tally = examine(arguments)
+    print(tally.table())
+    edits = [group for group in tally.seen if group.startswith("edit: ")]
+    shares = {
+        "one object": tally.share("one object"),
+        "two objects, related": tally.share("two objects, related"),
+        "edits": tally.share(*edits),
+        "seconds": round(time.monotonic() - started_s, 1),
+    }
+    print(json.dumps(shares))
+
+
+if __name__ == "__main__":
+    main()
