@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 from starlette.testclient import TestClient
 
 from app.api.reference import reference_page
+from app.cli import cli
 from app.main import create_app, create_engine, openapi_document
 from app.settings import Settings
 from tests.docs.blocks import PAGES, ROOT, blocks_of
@@ -65,6 +67,21 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert there.exists(), target
         if anchor:
             assert anchor in headings(there), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.is_file()], ids=lambda p: p.name)
+def test_commands_named_in_a_sentence_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    commands = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
+    for program, words in re.findall(r"`(fluxd|make) ([^`]+)`", text):
+        first = words.split()[0]
+        if program == "make":
+            assert first in targets, f"make {words}"
+        elif not first.startswith("-"):
+            assert first in commands, f"fluxd {words}"
+            known = {option for given in commands[first].params for option in given.opts}
+            assert set(re.findall(r"(?<= )--[a-z-]+", f" {words}")) <= known, f"fluxd {words}"
 
 
 def test_the_diagram_is_what_import_linter_checks() -> None:
