@@ -24,7 +24,14 @@ from fluxcore.pipeline.residency import (
     settle_residency,
     weight_bytes,
 )
-from fluxcore.runtime import WAYS, LayerStream, Runtime, StreamedLayer, choose_residency
+from fluxcore.runtime import (
+    WAYS,
+    LayerStream,
+    Residency,
+    Runtime,
+    StreamedLayer,
+    choose_residency,
+)
 from fluxcore.runtime.dtypes import choose_dtypes
 from fluxcore.runtime.streaming import Part
 from fluxcore.weights.random_architecture import (
@@ -290,7 +297,7 @@ MIDDLE = replace(
 """A fiftieth of the 4B in bytes, in much the same proportions."""
 
 DRAW_WITHIN = """
-import hashlib, json, resource, sys
+import json, resource, sys
 import torch
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import OutOfMemoryError
@@ -300,8 +307,7 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 def draw(pipe, prompt):
-    request = GenerationParams(prompt=prompt, width=64, height=64, steps=1, seed=1)
-    return pipe.generate(request).images[0].tobytes()
+    pipe.generate(GenerationParams(prompt=prompt, width=64, height=64, steps=1, seed=1))
 
 def load(way):
     return FluxPipeline.load(checkpoint, device="cpu", dtype="bfloat16", residency=way)
@@ -312,14 +318,14 @@ draw(FluxPipeline.load(device="cpu", dtype="bfloat16"), "what the framework itse
 before, used = status("VmRSS"), status("VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit), used + int(limit)))
 pipe = load(way)
-digest = hashlib.sha256(draw(pipe, "a fox")).hexdigest()
+draw(pipe, "a fox")
 peak, weights, fits = status("VmHWM") - before, pipe.info.weight_bytes, True
 del pipe
 try:
     draw(load(larger), "a fox")
 except OutOfMemoryError:
     fits = False
-print(json.dumps({"peak": peak, "weights": weights, "digest": digest, "larger fits": fits}))
+print(json.dumps({"peak": peak, "weights": weights, "larger fits": fits}))
 """
 
 
@@ -351,21 +357,25 @@ SLACK = 130 * 10**6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses Linux' own limits and figures")
-def test_each_way_draws_the_same_within_a_hard_limit_of_what_it_needs(
-    middle_checkpoint: Path,
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("way", "larger", "fits"),
+    [
+        ("low", "balanced", False),
+        pytest.param("balanced", "resident", False, marks=pytest.mark.slow),
+        pytest.param("resident", "resident", True, marks=pytest.mark.slow),
+    ],
+)
+def test_each_way_draws_within_a_hard_limit_of_what_it_needs_and_larger_ones_do_not(
+    middle_checkpoint: Path, way: Residency, larger: str, fits: bool
 ) -> None:
     config = read_checkpoint_config(middle_checkpoint)
     needs = memory_needs(config, runtime_of("cpu"), 64)
-    limit = {way: needs[way] - OVERHEAD_BYTES + SLACK for way in WAYS}
-    larger = {"resident": "resident", "balanced": "resident", "low": "balanced"}
-    found = {way: draw_within(middle_checkpoint, way, larger[way], limit[way]) for way in WAYS}
-    peak = {way: figures["peak"] for way, figures in found.items()}
-    assert peak["resident"] > found["resident"]["weights"], "the measurement sees the weights"
-    assert peak["low"] < 0.5 * peak["resident"]
-    assert peak["low"] < peak["balanced"] < 0.8 * peak["resident"]
-    assert len({figures["digest"] for figures in found.values()}) == 1
-    assert {way: figures["larger fits"] for way, figures in found.items()} == {
-        "resident": True,
-        "balanced": False,
-        "low": False,
-    }
+    limit = needs[way] - OVERHEAD_BYTES + SLACK
+    found = draw_within(middle_checkpoint, way, larger, limit)
+    expected = weight_bytes(config, runtime_of("cpu"), way)
+    assert 0 <= found["weights"] - expected < 10_000, "buffers are aligned"
+    assert found["weights"] < found["peak"] <= limit
+    assert found["larger fits"] == fits
+    if way != "resident":
+        assert found["peak"] < 0.8 * weight_bytes(config, runtime_of("cpu"), "resident")
