@@ -93,7 +93,7 @@ class Learner(nn.Module):
         vec = network.time_out(F.silu(network.time_in(sinusoids)))  # [B, D]
         rows = network.modulations(F.silu(vec)).unflatten(-1, (17, network.config.width))
         rows = rows.transpose(0, 1)[:, :, None]  # [17, B, 1, D]
-        return Modulation(*rows.split((6, 6, 3, 2)))
+        return Modulation.of_rows(rows)
 
     def _rope(self, kind: Kind, text: int, references: int, device: torch.device) -> Rope:
         rows, columns = kind.height // 16, kind.width // 16

@@ -6,6 +6,7 @@ others; which form a device gets is decided in ``fluxcore.runtime``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALED_LARGEST = 32.0
-"""Rows of a float16 projection are scaled down to this; a matrix of 10**4 columns then stays
-below 65504 unless its weights average above 0.2."""
+LEAST_LARGEST = 1e-6
+"""Rows of a float16 projection are scaled to a largest of 1, but for those below this."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> out; q and out [B, H, L, K], k and v [B, H or fewer, L, K].
@@ -48,23 +48,34 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value; for float16 in float32, because the product passes float16's range."""
     if gate.dtype != torch.float16:
         return F.silu(gate) * value
-    return F.silu(gate.float()) * value.float()
+    return F.silu(gate.float()) * value
+
+
+def narrow_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """A projection of normed rows, which are in the dtype of the residual stream.
+
+    Shapes: x [..., N] -> [..., M] in the dtype of the weights.
+    """
+    if linear.weight.dtype == torch.float16:
+        x = x.half()
+    return linear(x)  # type: ignore[no-any-return]
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """A projection onto the residual stream, whose values may pass 65504.
 
-    With float16 weights, each row is scaled down by a power of two before and up, in
-    float32, after, so that neither what goes in nor what comes out leaves float16's range.
+    With float16 weights, each row is scaled to a largest of 1 before, and back in float32
+    after. A matrix of 10**4 columns then stays below 65504 unless its weights average
+    above 6, and what is lost is what float16 loses on any number.
 
     Shapes: x [..., N] -> [..., M], float32 if the weights are float16.
     """
     if linear.weight.dtype != torch.float16:
         return linear(x)  # type: ignore[no-any-return]
-    x = x.float()
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SCALED_LARGEST)  # [..., 1]
-    scale = (largest / SCALED_LARGEST).log2().ceil().exp2()  # [..., 1], at least 1
-    return linear((x / scale).half()).float() * scale  # type: ignore[no-any-return]
+    largest = torch.linalg.vector_norm(
+        x, math.inf, dim=-1, keepdim=True, dtype=torch.float32
+    ).clamp_min(LEAST_LARGEST)  # [..., 1]
+    return linear((x / largest).half()) * largest  # type: ignore[no-any-return]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,21 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import TransformerConfig
-from fluxcore.kernels import Kernels, swiglu, wide_linear
+from fluxcore.kernels import Kernels, narrow_linear, swiglu, wide_linear
 from fluxcore.models.rope import Rope, rotate_pairs
 
 
 class Modulation(NamedTuple):
     """AdaLN vectors of one step; shared by all blocks of a kind.
 
-    Shapes: img and txt [6, 1, D] (shift, scale, gate of attention, then of the MLP),
-    single [3, 1, D] (shift, scale, gate), final [2, 1, D] (scale, shift: this order).
+    A factor is 1 + the scale that the weights give. The dtype is the residual stream's.
+
+    Shapes: img and txt [6, 1, D] (shift, factor, gate of attention, then of the MLP),
+    single [3, 1, D] (shift, factor, gate), final [2, 1, D] (factor, shift: this order).
     """
 
     img: Tensor
     txt: Tensor
     single: Tensor
     final: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> Modulation:
+        """From what the modulation weights give. Shapes: [17, ..., D]."""
+        ones = torch.zeros(MODULATION_ROWS, *(1 for _ in rows.shape[1:]))
+        ones[list(SCALE_ROWS)] = 1
+        return cls(*(rows + ones.to(rows)).split((6, 6, 3, 2)))
+
+
+MODULATION_ROWS = 6 + 6 + 3 + 2
+SCALE_ROWS = (1, 4, 7, 10, 13, 15)
 
 
 def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -53,31 +66,36 @@ def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)  # [S, channels]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Adaptive layer norm: (1 + scale) * norm(x) + shift.
+def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """Adaptive layer norm: factor * norm(x) + shift.
 
-    Shapes: x [B, L, D], shift and scale [1, D] -> [B, L, D] in scale's dtype.
+    Differs from diffusers: where all rows share one noise level it is one kernel, which
+    rounds once, not three times.
+
+    Shapes: x [B, L, D], shift and factor [1, D] or [B, 1, D] -> [B, L, D].
     """
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=eps).to(scale.dtype) + shift
+    width = x.shape[-1:]
+    if factor.numel() == x.shape[-1]:
+        return F.layer_norm(x, width, factor.flatten(), shift.flatten(), eps)
+    return torch.addcmul(shift, factor, F.layer_norm(x, width, eps=eps))
 
 
 class QKNorm(nn.Module):
     """RMS norm of queries and keys, each over one head.
 
-    Shapes: qkv [B, L, 3 D] -> q, k, v [B, H, L, K], views where possible.
+    Shapes: qkv [B, L, 3 D] -> qk [2, B, H, L, K], v [B, H, L, K], a view.
     """
 
     def __init__(self, heads: int, head_width: int, eps: float) -> None:
         super().__init__()
         self.heads, self.eps = heads, eps
-        self.q_weight = nn.Parameter(torch.ones(head_width))
-        self.k_weight = nn.Parameter(torch.ones(head_width))
+        self.weight = nn.Parameter(torch.ones(2 * head_width))
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, K]
-        q = F.rms_norm(q, self.q_weight.shape, self.q_weight, self.eps)
-        k = F.rms_norm(k, self.k_weight.shape, self.k_weight, self.eps)
-        return q, k, v
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        split = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, K]
+        qk, v = split[:2], split[2]
+        weight = self.weight.view(2, 1, 1, 1, -1)
+        return F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * weight, v
 
 
 class Stream(nn.Module):
@@ -93,16 +111,16 @@ class Stream(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * config.mlp_width, bias=False)
         self.mlp_out = nn.Linear(config.mlp_width, width, bias=False)
 
-    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes: x [B, L, D], mod [6, 1, D] -> q, k, v [B, H, L, K]."""
-        q, k, v = self.qk_norm(self.qkv(modulate(x, mod[0], mod[1], self.eps)))
-        return q, k, v
+    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: x [B, L, D], mod [6, 1, D] -> qk [2, B, H, L, K], v [B, H, L, K]."""
+        qk, v = self.qk_norm(narrow_linear(modulate(x, mod[0], mod[1], self.eps), self.qkv))
+        return qk, v
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """Add the attention's output and the MLP. Shapes: x, attended [B, L, D] -> [B, L, D]."""
-        x = x + mod[2] * wide_linear(attended, self.out)
-        gate, value = self.mlp_in(modulate(x, mod[3], mod[4], self.eps)).chunk(2, dim=-1)
-        return x + mod[5] * wide_linear(swiglu(gate, value), self.mlp_out)
+        x = torch.addcmul(x, mod[2], wide_linear(attended, self.out))
+        hidden = narrow_linear(modulate(x, mod[3], mod[4], self.eps), self.mlp_in)
+        return torch.addcmul(x, mod[5], wide_linear(swiglu(*hidden.chunk(2, -1)), self.mlp_out))
 
 
 class DoubleBlock(nn.Module):
@@ -121,8 +139,9 @@ class DoubleBlock(nn.Module):
         of_txt = self.txt.project(txt, mod.txt)
         of_img = self.img.project(img, mod.img)
         # joint order: [txt, img]
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_txt, of_img, strict=True))
-        joint = self.attention(rotate_pairs(q, pe), rotate_pairs(k, pe), v, None)  # [B, H, L, K]
+        qk, v = (torch.cat(pair, dim=-2) for pair in zip(of_txt, of_img, strict=True))
+        q, k = rotate_pairs(qk, pe)
+        joint = self.attention(q, k, v, None)  # [B, H, L, K]
         joint = joint.transpose(1, 2).flatten(2)  # [B, L, D]
         of_txt_len = txt.shape[1]
         txt = self.txt.finish(txt, joint[:, :of_txt_len], mod.txt)
@@ -147,15 +166,16 @@ class SingleBlock(nn.Module):
         self.out = nn.Linear(width + mlp, width, bias=False)
 
     def forward(self, x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
-        shift, scale, gate = mod
-        qkv, mlp = self.qkv_mlp(modulate(x, shift, scale, self.eps)).split(self.sizes, dim=-1)
-        q, k, v = self.qk_norm(qkv)  # [B, H, L, K]
-        attended = self.attention(rotate_pairs(q, pe), rotate_pairs(k, pe), v, None)
+        shift, factor, gate = mod
+        projected = narrow_linear(modulate(x, shift, factor, self.eps), self.qkv_mlp)
+        qkv, mlp = projected.split(self.sizes, dim=-1)
+        qk, v = self.qk_norm(qkv)
+        q, k = rotate_pairs(qk, pe)
+        attended = self.attention(q, k, v, None)  # [B, H, L, K]
         attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
         hidden = swiglu(*mlp.chunk(2, dim=-1))
         joined = torch.cat((attended.to(hidden.dtype), hidden), dim=-1)  # [B, L, D + mlp]
-        x = x + gate * wide_linear(joined, self.out)
-        return x
+        return torch.addcmul(x, gate, wide_linear(joined, self.out))
 
 
 class Flux2Transformer(nn.Module):
@@ -172,7 +192,7 @@ class Flux2Transformer(nn.Module):
         self.kernels = kernels
         self.time_in = nn.Linear(config.time_channels, width, bias=False)
         self.time_out = nn.Linear(width, width, bias=False)
-        self.modulations = nn.Linear(width, (6 + 6 + 3 + 2) * width, bias=False)
+        self.modulations = nn.Linear(width, MODULATION_ROWS * width, bias=False)
         self.img_in = nn.Linear(config.in_channels, width, bias=False)
         self.txt_in = nn.Linear(config.text_width, width, bias=False)
         self.double_blocks = nn.ModuleList(
@@ -191,9 +211,10 @@ class Flux2Transformer(nn.Module):
         dtype = self.time_in.weight.dtype
         sinusoids = timestep_embedding(t, self.config.time_channels, dtype).to(dtype)
         vec = self.time_out(F.silu(self.time_in(sinusoids)))  # [S, D]
-        rows = self.modulations(F.silu(vec))  # [S, 17 D]
-        rows = rows.unflatten(-1, (17, 1, self.config.width))  # [S, 17, 1, D]
-        return [Modulation(*row.split((6, 6, 3, 2))) for row in rows]
+        rows = self.kernels.residual(self.modulations(F.silu(vec)))  # [S, 17 D]
+        rows = rows.unflatten(-1, (MODULATION_ROWS, 1, self.config.width))  # [S, 17, 1, D]
+        of_all = Modulation.of_rows(rows.transpose(0, 1))
+        return [Modulation(*(part[:, i] for part in of_all)) for i in range(len(t))]
 
     def forward(
         self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope, out_tokens: int
@@ -206,5 +227,5 @@ class Flux2Transformer(nn.Module):
         for block in self.single_blocks:
             x = block(x, mod.single, pe)
         x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
-        scale, shift = mod.final
-        return self.img_out(modulate(x, shift, scale, self.config.norm_eps))  # type: ignore[no-any-return]
+        factor, shift = mod.final
+        return narrow_linear(modulate(x, shift, factor, self.config.norm_eps), self.img_out)

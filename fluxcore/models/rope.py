@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
-"""(cos, sin), each [L, K/2], float32 for the transformer."""
+"""(cos, sin), each [L, K]; float32 for the transformer, in the form that turning wants."""
 
 
 def axial_rope(ids: Tensor, axes: Sequence[int], theta: float, dtype: torch.dtype) -> Rope:
     """Tables for tokens with several coordinates, the axes side by side.
 
-    Shapes: ids [L, number of axes] -> cos, sin [L, sum(axes) / 2], float32.
+    Both channels of a pair have their cosine, and their sine with its sign: minus, plus.
+
+    Shapes: ids [L, number of axes] -> cos, sin [L, sum(axes)], float32.
     ``dtype`` is that of the frequencies: float64 where the device has it.
     Source: diffusers Flux2PosEmbed.
     """
@@ -28,19 +30,21 @@ def axial_rope(ids: Tensor, axes: Sequence[int], theta: float, dtype: torch.dtyp
         frequency = 1.0 / theta**exponent  # [channels/2]
         angles.append(torch.outer(ids[:, axis].to(dtype), frequency))  # [L, channels/2]
     angle = torch.cat(angles, dim=-1)  # [L, K/2]
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
 def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
     """Turn neighbouring channels (2 i, 2 i + 1), in float32 as the reference does.
 
-    Shapes: x [B, H, L, K] of any strides -> contiguous [B, H, L, K] in x's dtype.
+    Shapes: x [..., L, K] of any strides -> contiguous [..., L, K] in x's dtype.
     Source: diffusers apply_rotary_emb with use_real_unbind_dim=-1.
     """
     cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).float().unbind(-1)  # [B, H, L, K/2] each
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)  # [B, H, L, K]
+    wide = x.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)  # [..., L, K/2] each
+    swapped = torch.stack((odd, even), dim=-1).flatten(-2)  # [..., L, K]
+    return torch.addcmul(swapped * sin, wide, cos).to(x.dtype)
 
 
 def half_rope(length: int, width: int, theta: float, device: torch.device) -> Rope:

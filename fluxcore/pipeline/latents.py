@@ -78,7 +78,7 @@ class RopeTables:
         self._tables: OrderedDict[tuple[Grid, ...], Rope] = OrderedDict()
 
     def get(self, grid: Grid, references: Sequence[Grid]) -> Rope:
-        """Shapes: cos, sin [512 + all tokens, K/2] float32."""
+        """Shapes: cos, sin [512 + all tokens, K] float32."""
         key = (grid, *references)
         if key in self._tables:
             self._tables.move_to_end(key)

@@ -77,8 +77,8 @@ def transformer_plan(config: TransformerConfig) -> WeightPlan:
             ours = f"double_blocks.{i}.{stream}"
             attn = f"{theirs}.attn"
             put(f"{ours}.qkv.weight", *((f"{attn}.{qkv.format(x)}.weight", square) for x in "qkv"))
-            put(f"{ours}.qk_norm.q_weight", (f"{attn}.{norm.format('q')}.weight", head))
-            put(f"{ours}.qk_norm.k_weight", (f"{attn}.{norm.format('k')}.weight", head))
+            norms = ((f"{attn}.{norm.format(x)}.weight", head) for x in "qk")
+            put(f"{ours}.qk_norm.weight", *norms)
             put(f"{ours}.out.weight", (f"{attn}.{out}.weight", square))
             put(f"{ours}.mlp_in.weight", (f"{theirs}.{feed}.linear_in.weight", (2 * mlp, width)))
             put(f"{ours}.mlp_out.weight", (f"{theirs}.{feed}.linear_out.weight", (width, mlp)))
@@ -88,8 +88,7 @@ def transformer_plan(config: TransformerConfig) -> WeightPlan:
             f"{ours}.qkv_mlp.weight",
             (f"{attn}.to_qkv_mlp_proj.weight", (3 * width + 2 * mlp, width)),
         )
-        put(f"{ours}.qk_norm.q_weight", (f"{attn}.norm_q.weight", head))
-        put(f"{ours}.qk_norm.k_weight", (f"{attn}.norm_k.weight", head))
+        put(f"{ours}.qk_norm.weight", *((f"{attn}.norm_{x}.weight", head) for x in "qk"))
         put(f"{ours}.out.weight", (f"{attn}.to_out.weight", (width, width + mlp)))
     return WeightPlan(parts)
 

@@ -96,7 +96,7 @@ def test_the_networks_learn(demo_tokenizer: Path) -> None:
     txt = encoder(ids, torch.tensor([20]))  # [1, 24, 3 D]
     latents = vae.encode(torch.rand(1, 3, 64, 64))  # [1, C, 4, 4]
     img = latents.flatten(2).transpose(1, 2)  # [1, 16, C]
-    angles = torch.zeros(40, 32)
+    angles = torch.zeros(40, 64)
     mod = transformer.modulation(torch.tensor([0.5]))[0]
     velocity = transformer(img, txt, mod, (angles.cos(), angles.sin()), 16)
     pixels = vae.decode(velocity.transpose(1, 2).unflatten(2, (4, 4)))

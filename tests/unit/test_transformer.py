@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from fluxcore import FluxPipeline
 from fluxcore.kernels import swiglu
 from fluxcore.models import Flux2Transformer
-from fluxcore.models.flux2 import QKNorm, modulate, timestep_embedding
+from fluxcore.models.flux2 import Modulation, QKNorm, modulate, timestep_embedding
 from fluxcore.models.rope import Rope
 
 GRID = (3, 4)
@@ -50,11 +50,25 @@ def test_timesteps_round_to_the_model_s_dtype() -> None:
     assert not torch.equal(exact[0], exact[1])
 
 
-def test_modulation_is_scale_of_the_norm_plus_shift() -> None:
-    x, shift, scale = random(2, 5, 8), random(1, 8, seed=1), random(1, 8, seed=2)
+@pytest.mark.parametrize("levels", [1, 2], ids=["one level", "one for each picture"])
+def test_modulation_is_a_factor_of_the_norm_plus_shift(levels: int) -> None:
+    rows = (8,) if levels == 1 else (2, 1, 8)
+    x, shift, factor = random(2, 5, 8), random(*rows, seed=1), random(*rows, seed=2)
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-    expected = (1 + scale) * (x - mean) / torch.sqrt(variance + 1e-6) + shift
-    assert torch.allclose(modulate(x, shift, scale, 1e-6), expected, atol=1e-5)
+    expected = factor * (x - mean) / torch.sqrt(variance + 1e-6) + shift
+    assert torch.allclose(modulate(x, shift, factor, 1e-6), expected, atol=1e-5)
+
+
+def test_scales_become_factors_and_nothing_else_changes() -> None:
+    rows = random(17, 1, 4)
+    made = Modulation.of_rows(rows)
+    added = torch.cat(list(made)) - rows
+    assert added.amax(dim=(1, 2)).round().int().tolist() == [
+        *(0, 1, 0, 0, 1, 0),
+        *(0, 1, 0, 0, 1, 0),
+        *(0, 1, 0),
+        *(1, 0),
+    ]
 
 
 def test_swiglu_is_the_gate_s_silu_times_the_value() -> None:
@@ -66,9 +80,9 @@ def test_swiglu_is_the_gate_s_silu_times_the_value() -> None:
 def test_queries_and_keys_are_normed_per_head_and_values_are_not() -> None:
     norm = QKNorm(heads=2, head_width=4, eps=1e-6)
     with torch.no_grad():
-        norm.q_weight.fill_(3.0)
+        norm.weight[:4] = 3.0
     qkv = random(1, 5, 24) * 7
-    q, k, v = norm(qkv)
+    (q, k), v = norm(qkv)
     assert q.shape == k.shape == v.shape == (1, 2, 5, 4)
     assert torch.allclose(q.square().mean(-1), torch.full((1, 2, 5), 9.0), atol=1e-3)
     assert torch.allclose(k.square().mean(-1), torch.ones(1, 2, 5), atol=1e-3)
