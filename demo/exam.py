@@ -100,9 +100,8 @@ class Question:
     @property
     def group(self) -> str:
         """The row of the table that it counts in."""
-        return (
-            f"edit: {self.asked.kind}" if isinstance(self.asked, Edit) else group_of(self.asked[1])
-        )
+        asked = self.asked
+        return f"edit: {asked.kind}" if isinstance(asked, Edit) else group_of(asked[1])
 
     @property
     def text(self) -> str:
@@ -147,14 +146,9 @@ def answers(
 
 def examine(arguments: argparse.Namespace) -> Tally:
     """Share the questions out among the processes, and those among the GPUs."""
-    width, height = arguments.size
-    questions = [
-        *(
-            Question(i, q)
-            for i, q in enumerate(held_out_captions(arguments.captions, width, height))
-        ),
-        *(Question(i, q) for i, q in enumerate(held_out_edits(arguments.edits, width, height))),
-    ]
+    captions = held_out_captions(arguments.captions, *arguments.size)
+    edits = held_out_edits(arguments.edits, *arguments.size)
+    questions = [Question(*numbered) for part in (captions, edits) for numbered in enumerate(part)]
     tally, count = Tally.empty(), arguments.processes
     devices = [arguments.device] * count
     if arguments.device == "auto" and torch.cuda.is_available():
