@@ -1,4 +1,4 @@
-"""The command line: ``fluxd serve | generate | settings | openapi | hash-key | random-checkpoint``.
+"""The command line ``fluxd``: its commands, their arguments and their help.
 
 Wiring only. Everything heavy is imported inside the commands, so that help and
 usage errors come at once. Exit status: 0 done, 2 wrong usage or parameters, 1 any
@@ -222,6 +222,51 @@ def openapi(
         typer.echo(text, nl=False)
 
 
+@cli.command()
+def bench(
+    more_sizes: Annotated[
+        list[str] | None, typer.Argument(metavar="[SIZE]...", help="More sizes.")
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE...", help="256 or 512x768; default: the model's."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Warm pictures of each size.")] = 5,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same for all pictures.")] = 0,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE,VALUE",
+            help="Measure with each value of a setting, such as dtype; repeatable.",
+        ),
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw stages and floor into a PNG file.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Measure each stage of a picture beside its floor: a table, then a line of JSON."""
+    with plain_errors():
+        flags = _flags({"model": model, "device": device, "dtype": dtype}, assignments)
+
+        from app.cli import bench as measuring
+
+        asked = measuring.Asked(
+            sizes=(*(sizes or ()), *(more_sizes or ())),
+            runs=runs,
+            steps=steps,
+            seed=seed,
+            varied=tuple(vary or ()),
+            chart=chart,
+        )
+        measuring.bench(asked, flags, config)
+
+
 @cli.command("random-checkpoint")
 def random_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Must not exist yet, or be empty.")],
@@ -305,10 +350,15 @@ def _load(
 ) -> LoadedSettings:
     from app.settings import load_settings
 
+    return load_settings(_flags(given, assignments), config=config)
+
+
+def _flags(given: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """The settings given on the command line, by name."""
     flags = {name: value for name, value in given.items() if value is not None}
     for assignment in assignments or []:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set takes NAME=VALUE; got {assignment!r}")
         flags[name.strip().replace("-", "_")] = value.strip()
-    return load_settings(flags, config=config)
+    return flags

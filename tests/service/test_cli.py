@@ -66,7 +66,14 @@ def test_help_lists_the_commands_and_loads_no_framework() -> None:
         "    heavy = {'torch', 'numpy', 'fastapi', 'uvicorn', 'PIL'} & set(sys.modules)\n"
         "    assert not heavy, heavy\n"
     )
-    for command in ((), ("serve",), ("generate",), ("settings",), ("random-checkpoint",)):
+    for command in (
+        (),
+        ("serve",),
+        ("generate",),
+        ("bench",),
+        ("settings",),
+        ("random-checkpoint",),
+    ):
         shown = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"],
             env=environment(),
