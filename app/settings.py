@@ -61,6 +61,27 @@ class Settings(BaseModel):
         default="auto",
         description="Number format of the weights: auto, float32, bfloat16 or float16.",
     )
+    precision: Literal["bf16", "fp8"] = Field(
+        default="bf16",
+        description="Large matrix products: bf16 (more exactly, in dtype), or fp8, which is faster "
+        "and coarser and needs a recent NVIDIA GPU.",
+    )
+    attention: Literal["plain", "fused"] = Field(
+        default="plain",
+        description="plain: as PyTorch chooses; fused: on NVIDIA GPUs, cuDNN's from Hopper on, and "
+        "the VAE's as two products.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="off",
+        description="Compile the networks before the service is ready: on, off, or auto: on CUDA.",
+    )
+    cuda_graphs: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="CUDA only: recordings of what the GPU is to do, kept per network and size; "
+        "0: none.",
+    )
     residency: Literal["auto", "resident", "balanced", "low"] = Field(
         default="auto",
         description="Weights that stay on the device: all (resident), all but the text encoder's "
@@ -422,6 +443,13 @@ class Settings(BaseModel):
         if self.data_dir in ("auto", "off"):
             return user_cache_path("fluxd", appauthor=False) / "embeddings"
         return Path(self.data_dir).expanduser() / "embeddings"
+
+    @property
+    def compiled_store_path(self) -> Path:
+        """The directory for compiled networks; what lies there is run as it is."""
+        if self.data_dir in ("auto", "off"):
+            return user_cache_path("fluxd", appauthor=False) / "compiled"
+        return Path(self.data_dir).expanduser() / "compiled"
 
     @property
     def warm_up_sizes_px(self) -> tuple[tuple[int, int], ...] | None:

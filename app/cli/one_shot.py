@@ -148,7 +148,9 @@ def _load(model: Path | None, settings: Settings) -> Pipeline:
         def progress(step: LoadStep) -> None:
             report(step.done_bytes, step.total_bytes, step.component)
 
-        return pipeline_loader(model, settings)(progress)
+        # Both pay off over many pictures only.
+        once = settings.model_copy(update={"compile": "off", "cuda_graphs": 0})
+        return pipeline_loader(model, once)(progress)
 
 
 def _run(pipeline: Pipeline, params: GenerationParams) -> Result:

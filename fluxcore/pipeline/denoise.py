@@ -6,7 +6,7 @@ FlowMatchEulerDiscreteScheduler.step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +85,16 @@ def denoise(
     inputs: DenoiseInputs,
     sigmas: Sequence[float],
     start_step: int,
+    velocity_of: Callable[..., Tensor] | None = None,
 ) -> Iterator[DenoiseStep]:
     """Yield after every Euler step; closing the generator abandons the picture.
 
     Args:
         sigmas: noise levels, one more than steps; the last is 0.
         start_step: index of the first step to run.
+        velocity_of: how the transformer is called; the network itself when left out.
     """
+    velocity_of = velocity_of or transformer
     total = len(sigmas) - 1
     levels = torch.tensor(sigmas[start_step:-1], dtype=torch.float32)
     modulations = transformer.modulation(levels.to(inputs.noise.device))
@@ -104,9 +107,9 @@ def denoise(
         tokens = before.shape[1]
         # order: [img, references]; the text is put before them inside the transformer
         img = before if inputs.references is None else torch.cat((before, inputs.references), dim=1)
-        velocity = transformer(img, inputs.positive, modulation, inputs.pe, tokens)
+        velocity = velocity_of(img, inputs.positive, modulation, inputs.pe, tokens)
         if inputs.negative is not None:
-            unguided = transformer(img, inputs.negative, modulation, inputs.pe, tokens)
+            unguided = velocity_of(img, inputs.negative, modulation, inputs.pe, tokens)
             velocity = unguided + inputs.guidance * (velocity - unguided)
         latents = euler_step(before, velocity, sigmas[i], sigmas[i + 1])
         if inpainting is not None:

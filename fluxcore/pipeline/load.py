@@ -14,7 +14,7 @@ from fluxcore.config import (
     VaeConfig,
     read_checkpoint_config,
 )
-from fluxcore.errors import CheckpointConfigError
+from fluxcore.errors import CheckpointConfigError, DeviceUnavailableError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
 from fluxcore.params import LARGEST_DEFAULT_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
 from fluxcore.pipeline.residency import placements, stream_layers, weights_left_out
@@ -54,7 +54,13 @@ def load_components(
 
     Raises:
         CheckpointError: naming the file or directory at fault.
+        DeviceUnavailableError: precision and residency do not go together.
     """
+    if runtime.precision == "fp8" and runtime.residency == "low":
+        raise DeviceUnavailableError(
+            "precision fp8 needs the transformer's weights on the device, and residency is low; "
+            "use precision bf16, or residency balanced"
+        )
     config = read_checkpoint_config(path)
     tokenizer = PromptTokenizer(path / "tokenizer")
     if tokenizer.largest_id >= config.text_encoder.vocabulary:
@@ -90,6 +96,7 @@ def load_components(
         left_out["transformer"],
     )
     stream = stream_layers(path, config, runtime, encoder, transformer)
+    freed_bytes = runtime.quantise((*transformer.double_blocks, *transformer.single_blocks))
     reports = (vae_report, encoder_report, transformer_report)
     distilled = config.is_distilled
     info = ModelInfo(
@@ -102,7 +109,8 @@ def load_components(
         default_guidance=None if distilled else BASE_GUIDANCE,
         parameters={report.component: report.parameters for report in reports},
         weight_bytes=sum(report.placed_bytes for report in reports)
-        + (0 if stream is None else stream.device_bytes),
+        + (0 if stream is None else stream.device_bytes)
+        - freed_bytes,
         load=reports,
     )
     return Components(info, config, tokenizer, encoder, transformer, vae, stream)

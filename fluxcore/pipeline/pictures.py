@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxcore.errors import DeviceFaultError
 from fluxcore.fitting import limit_area, whole_tokens
+from fluxcore.models import AutoEncoder
 from fluxcore.params import SIZE_MULTIPLE
+from fluxcore.pipeline.latents import unpack
 
 
 def opaque(picture: Image.Image) -> Image.Image:
@@ -64,18 +66,42 @@ def to_token_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     return tokens.flatten(2).transpose(1, 2)  # [1, h w, 1]
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
-    """Decoded pixels to an 8-bit picture on the host.
+class PictureDecoder(nn.Module):
+    """Latents all the way to bytes on the device, as one thing to compile and to record.
 
-    Shapes: [1, 3, height, width] in [-1, 1], any device.
+    Shapes: latents [1, h w, C] -> as ``to_bytes``, height = 16 h and width = 16 w.
+    """
+
+    def __init__(self, vae: AutoEncoder, dtype: torch.dtype, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.vae = vae
+        self.dtype = dtype
+        self.layout = layout
+
+    def forward(self, latents: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        unpacked = unpack(latents, (rows, columns)).to(self.dtype)  # [1, C, h, w]
+        return to_bytes(self.vae.decode(unpacked.contiguous(memory_format=self.layout)))
+
+
+def to_bytes(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Decoded pixels as bytes, and whether they are a picture at all; waits for nothing.
+
+    Shapes: [1, 3, height, width] in [-1, 1] -> [height, width, 3] uint8, [2] bool (all are
+    finite; not all are the same).
+    """
+    sound = torch.stack((torch.isfinite(pixels).all(), pixels.amax() != pixels.amin()))
+    shown = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+    bytes_ = (shown * 255).round().to(torch.uint8)[0].permute(1, 2, 0).contiguous()  # [H, W, 3]
+    return bytes_, sound
+
+
+def to_picture(bytes_: Tensor, sound: Tensor) -> Image.Image:
+    """The 8-bit picture of what ``to_bytes`` found, on the host; a copy.
 
     Raises:
         DeviceFaultError: some value is not finite, or all are the same, which is
             what a GPU fault leaves behind and a model does not draw.
     """
-    sound = torch.stack((torch.isfinite(pixels).all(), pixels.amax() != pixels.amin()))
-    shown = (pixels * 0.5 + 0.5).clamp(0, 1).float()
-    bytes_ = (shown * 255).round().to(torch.uint8)[0].permute(1, 2, 0).contiguous()  # [H, W, 3]
     finite, varied = sound.tolist()
     if not finite or not varied:
         fault = "values that are not finite" if not finite else "one constant colour"
@@ -83,7 +109,7 @@ def to_picture(pixels: Tensor) -> Image.Image:
             f"the device returned a picture of {fault}; try again, and if it stays so, restart "
             "the program and try dtype float32"
         )
-    return Image.fromarray(bytes_.cpu().numpy())
+    return Image.fromarray(bytes_.numpy())
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

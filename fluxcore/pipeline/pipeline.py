@@ -23,9 +23,10 @@ from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning, ConditioningCache
 from fluxcore.pipeline.denoise import DenoiseInputs, DenoiseStep, Inpainting, denoise
 from fluxcore.pipeline.embedding_store import EmbeddingStore
-from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack, unpack
+from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack
 from fluxcore.pipeline.load import Components, default_side_px, load_components
 from fluxcore.pipeline.pictures import (
+    PictureDecoder,
     fit_inpainted,
     fit_reference,
     to_picture,
@@ -40,7 +41,16 @@ from fluxcore.pipeline.result import (
     PreparedJob,
     Progress,
 )
-from fluxcore.runtime import Runtime, StageTimes, choose_runtime, translated_errors
+from fluxcore.runtime import (
+    AttentionChoice,
+    Compile,
+    Precision,
+    Runtime,
+    StageTimes,
+    choose_runtime,
+    keep_compiled,
+    translated_errors,
+)
 from fluxcore.text import TokenizedPrompt
 from fluxcore.weights import LoadProgress, component_identity
 
@@ -49,6 +59,8 @@ if TYPE_CHECKING:
 
 CONDITIONING_CACHE_BYTES = 256 * 2**20
 WARM_UP_PROMPT = "warm up"
+GRAPHED_TOKENS = 4096
+"""Image tokens of 1024x1024. With more of them a GPU is busy for longer than launching takes."""
 ATTEMPTS = 2
 """Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
 
@@ -114,6 +126,21 @@ class FluxPipeline:
         self.rope_tables = RopeTables(
             self.config.transformer, runtime.device, runtime.dtypes.angles
         )
+        # The networks as this device runs them. Layers whose weights come and go run as they are.
+        self._embeddings_of: Callable[..., Tensor] = self.text_encoder
+        self._velocity_of: Callable[..., Tensor] = self.transformer
+        if runtime.residency == "resident":
+            runtime.compile_blocks(self.text_encoder.layers, sizes_vary=False)
+            self._embeddings_of = runtime.graphed(self.text_encoder, TEXT_TOKENS)
+        if runtime.residency != "low":
+            runtime.compile_blocks(self.transformer.double_blocks)
+            runtime.compile_blocks(self.transformer.single_blocks)
+            self._velocity_of = runtime.graphed(self.transformer, GRAPHED_TOKENS)
+        decoder = PictureDecoder(self.vae, runtime.dtypes.vae, self._layout)
+        runtime.compile_blocks((decoder,))
+        self._bytes_of: Callable[..., tuple[Tensor, Tensor]] = runtime.graphed(
+            decoder, GRAPHED_TOKENS
+        )
 
     @classmethod
     def load(
@@ -126,6 +153,11 @@ class FluxPipeline:
         conditioning_cache_bytes: int = CONDITIONING_CACHE_BYTES,
         conditioning_store: Path | None = None,
         conditioning_store_bytes: int = 0,
+        precision: Precision = "bf16",
+        attention: AttentionChoice = "plain",
+        compile_networks: Compile = "off",
+        compiled_store: Path | None = None,
+        cuda_graphs: int = 0,
     ) -> FluxPipeline:
         """Load a checkpoint directory onto a device.
 
@@ -139,13 +171,28 @@ class FluxPipeline:
             conditioning_cache_bytes: bound of the text-embedding cache.
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
+            precision: bf16, which multiplies in dtype, or fp8.
+            attention: plain, or fused, which differs on CUDA only.
+            compile_networks: auto, on or off. The first picture waits for the compiler.
+            compiled_store: directory in which compiled code outlives the process; None leaves
+                that to PyTorch.
+            cuda_graphs: recordings of launches that are kept at most; 0 makes none.
 
         Raises:
             CheckpointError: the directory cannot be used; names the file.
             DeviceUnavailableError: no such device or dtype here.
             OutOfMemoryError: the weights do not fit.
         """
-        runtime = choose_runtime(device, dtype)
+        runtime = choose_runtime(
+            device,
+            dtype,
+            precision=precision,
+            attention=attention,
+            compile_networks=compile_networks,
+            cuda_graphs=cuda_graphs,
+        )
+        if runtime.compiles and compiled_store is not None:
+            keep_compiled(compiled_store)
         with translated_errors():
             directory = bundled_model() if path is None else Path(path)
             config = read_checkpoint_config(directory)
@@ -217,7 +264,7 @@ class FluxPipeline:
         """What the text encoder makes of a prompt; kept. Shapes: [1, 512, 3 D]."""
         device = self.runtime.device
         with translated_errors():
-            embeddings: Tensor = self.text_encoder(
+            embeddings = self._embeddings_of(
                 torch.tensor([tokens.ids], device=device),
                 torch.tensor([tokens.count], device=device),
             )
@@ -265,7 +312,9 @@ class FluxPipeline:
         inputs = self._denoise_inputs(job, image_index, encoded)
         params = job.params
         with translated_errors():
-            yield from denoise(self.transformer, inputs, params.sigmas, params.start_step)
+            yield from denoise(
+                self.transformer, inputs, params.sigmas, params.start_step, self._velocity_of
+            )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, width: int, height: int) -> Image.Image:
@@ -277,8 +326,8 @@ class FluxPipeline:
             DeviceFaultError: the device returned something that is no picture.
         """
         with translated_errors():
-            unpacked = unpack(latents, _grid(width, height))
-            return to_picture(self.vae.decode(self._to_vae(unpacked)))
+            drawn = self._bytes_of(latents, *_grid(width, height))
+            return to_picture(*self.runtime.to_host(*drawn))
 
     def run(self, params: GenerationParams) -> Generator[Progress, None, GenerationResult]:
         """The whole job in slices: yields after each, returns the result.
@@ -416,8 +465,11 @@ class FluxPipeline:
     def _to_vae(self, x: Tensor) -> Tensor:
         """Onto the device, in the VAE's dtype and memory layout. Shapes: [B, C, h, w]."""
         x = x.to(self.runtime.dtypes.vae).to(self.runtime.device)
-        layout = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-        return x.contiguous(memory_format=layout)
+        return x.contiguous(memory_format=self._layout)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.runtime.channels_last else torch.contiguous_format
 
 
 def _joined(pieces: Sequence[tuple[Tensor, Grid]]) -> EncodedReferences:

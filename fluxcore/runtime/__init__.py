@@ -1,10 +1,12 @@
 """The device and how it is treated: the only package that asks which device it is.
 
-Owns the choice of device, dtypes, attention and residency, the streaming of layers, memory
-figures, out-of-memory recognition and stage timing. Knows nothing of prompts or pictures.
+Owns the choice of device, dtypes, attention and residency, compiling, CUDA graphs and fp8,
+the streaming of layers, memory figures, out-of-memory recognition and stage timing. Knows
+nothing of prompts or pictures.
 """
 
-from fluxcore.runtime.device import Runtime, choose_runtime
+from fluxcore.runtime.compiling import Compile, keep_compiled
+from fluxcore.runtime.device import AttentionChoice, Precision, Runtime, choose_runtime
 from fluxcore.runtime.dtypes import DtypePolicy
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
 from fluxcore.runtime.residency import WAYS, Choice, Residency, choose_residency
@@ -13,9 +15,12 @@ from fluxcore.runtime.timing import StageTimes
 
 __all__ = [
     "WAYS",
+    "AttentionChoice",
     "Choice",
+    "Compile",
     "DtypePolicy",
     "LayerStream",
+    "Precision",
     "Residency",
     "Runtime",
     "StageTimes",
@@ -24,5 +29,6 @@ __all__ = [
     "choose_runtime",
     "host_available_bytes",
     "host_peak_bytes",
+    "keep_compiled",
     "translated_errors",
 ]

@@ -8,18 +8,33 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from fluxcore.errors import DeviceUnavailableError
-from fluxcore.kernels import Kernels, plain_attention
-from fluxcore.runtime.attention import chunked_attention, contiguous_attention
+from fluxcore.kernels import Attention, Kernels, plain_attention
+from fluxcore.runtime.attention import (
+    chunked_attention,
+    contiguous_attention,
+    cudnn_attention,
+    wide_attention,
+)
+from fluxcore.runtime.compiling import Compile, compile_block, compiles
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes, dtype_name
+from fluxcore.runtime.graphs import CudaRecorder, Graphs
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes
+from fluxcore.runtime.quantised import check_fp8, hardware_product, quantise
 from fluxcore.runtime.residency import Residency
 
+Precision = Literal["bf16", "fp8"]
+AttentionChoice = Literal["plain", "fused"]
+
 KINDS = ("mps", "cuda", "cpu")
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,12 @@ class Runtime:
         dtypes: which dtype each part has.
         chip: the processor's name as the system gives it.
         residency: how much of the model stays on the device.
+        capability: of a CUDA GPU; None elsewhere.
+        precision: what the transformer's large products are multiplied in: the dtype of the
+            weights (``bf16``), or fp8.
+        attention: ``plain``, or ``fused``: the faster forms for CUDA.
+        compiles: whether networks are compiled.
+        graphs: recordings of what networks launch; None where there are none.
     """
 
     device: torch.device
@@ -40,15 +61,57 @@ class Runtime:
     dtypes: DtypePolicy
     chip: str
     residency: Residency = "resident"
+    capability: tuple[int, int] | None = None
+    precision: Precision = "bf16"
+    attention: AttentionChoice = "plain"
+    compiles: bool = False
+    graphs: Graphs | None = field(default=None, compare=False)
 
     def kernels(self) -> Kernels:
         """The functions that the networks are built with."""
-        mps = self.kind == "mps"
-        return Kernels(
-            attention=contiguous_attention if mps else plain_attention,
-            vae_attention=chunked_attention if mps else plain_attention,
-            residual_dtype=self.dtypes.residual,
+        attention, vae_attention = self._attentions()
+        return Kernels(attention, vae_attention, residual_dtype=self.dtypes.residual)
+
+    def _attentions(self) -> tuple[Attention, Attention]:
+        """For transformer and text encoder, and for the VAE."""
+        if self.kind == "mps":
+            return contiguous_attention, chunked_attention
+        if self.kind != "cuda" or self.attention == "plain":
+            return plain_attention, plain_attention
+        # Neither takes float32.
+        hopper = self.capability is not None and self.capability >= HOPPER
+        narrow = self.dtypes.weights != torch.float32
+        return (
+            cudnn_attention if hopper and narrow else plain_attention,
+            plain_attention if self.dtypes.vae == torch.float32 else wide_attention,
         )
+
+    def quantise(self, blocks: Iterable[nn.Module]) -> int:
+        """Put the matrices of some blocks into fp8, where that is asked for; bytes freed."""
+        return quantise(blocks, hardware_product) if self.precision == "fp8" else 0
+
+    def compile_blocks(self, blocks: Iterable[nn.Module], *, sizes_vary: bool = True) -> None:
+        """Compile blocks of one kind, where networks are compiled; the work is that of one.
+
+        Args:
+            sizes_vary: they are called on more than one size.
+        """
+        for block in blocks if self.compiles else ():
+            compile_block(block, sizes_vary=sizes_vary)
+
+    def graphed(self, function: Callable[..., Any], most_tokens: int) -> Callable[..., Any]:
+        """A pure function whose launches are recorded where that is done; see ``Graphs``."""
+        return function if self.graphs is None else self.graphs.wrap(function, most_tokens)
+
+    def to_host(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors in host memory; from CUDA through pinned memory, with one wait for all."""
+        if self.device.type != "cuda":
+            return [tensor.cpu() for tensor in tensors]
+        places = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+        for place, tensor in zip(places, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return places
 
     @property
     def channels_last(self) -> bool:
@@ -98,6 +161,8 @@ class Runtime:
 
     def release_memory(self) -> None:
         """Give back what a failed job left behind. Call it outside any except block."""
+        if self.graphs is not None:
+            self.graphs.clear()
         gc.collect()
         self.synchronize()
         if self.device.type == "cuda":
@@ -115,6 +180,10 @@ class Runtime:
             "residual_dtype": dtype_name(residual),
             "vae_dtype": dtype_name(self.dtypes.vae),
             "residency": self.residency,
+            "precision": self.precision if self.precision == "fp8" else self.dtypes.name,
+            "attention": self.attention,
+            "compiled": "yes" if self.compiles else "no",
+            "cuda_graphs": str(0 if self.graphs is None else self.graphs.limit),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": _system(),
@@ -122,16 +191,29 @@ class Runtime:
         }
 
 
-def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
-    """Pick a device and its dtypes.
+def choose_runtime(
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    precision: Precision = "bf16",
+    attention: AttentionChoice = "plain",
+    compile_networks: Compile = "off",
+    cuda_graphs: int = 0,
+) -> Runtime:
+    """Pick a device, its dtypes, and how networks run on it.
 
     Args:
         device: ``auto`` (the first there is of mps, cuda, cpu), ``mps``, ``cuda``,
             ``cuda:N`` or ``cpu``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        precision: ``bf16``, which multiplies in dtype, or ``fp8``.
+        attention: ``plain`` or ``fused``; has no effect but on CUDA.
+        compile_networks: ``auto``, ``on`` or ``off``.
+        cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
 
     Raises:
-        DeviceUnavailableError: it is not there, or not in that dtype.
+        DeviceUnavailableError: it is not there, not in that dtype or precision, or cannot
+            compile.
     """
     if device == "auto":
         device = next(kind for kind in KINDS if _available(kind))
@@ -150,11 +232,21 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
             f"device {device} does not exist; this machine has {torch.cuda.device_count()}"
         )
     chip = chip_name(kind, int(index or 0))
+    dtypes = choose_dtypes(kind, dtype, chip)
+    place = torch.device(device)
+    capability = torch.cuda.get_device_capability(place) if kind == "cuda" else None
+    if precision == "fp8":
+        check_fp8(kind, dtypes.weights, capability)
     return Runtime(
-        device=torch.device(device),
+        device=place,
         kind=kind,
-        dtypes=choose_dtypes(kind, dtype, chip),
+        dtypes=dtypes,
         chip=chip,
+        capability=capability,
+        precision=precision,
+        attention=attention,
+        compiles=compiles(kind, compile_networks),
+        graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
     )
 
 

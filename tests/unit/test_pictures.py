@@ -18,6 +18,7 @@ from fluxcore.pipeline.pictures import (
     fit_inpainted,
     fit_reference,
     opaque,
+    to_bytes,
     to_picture,
     to_pixels,
     to_token_mask,
@@ -36,6 +37,11 @@ def through_png(picture: Image.Image) -> Image.Image:
     stream = BytesIO()
     picture.save(stream, "PNG")
     return Image.open(BytesIO(stream.getvalue()))
+
+
+def shown(pixels: torch.Tensor) -> Image.Image:
+    """Decoded pixels as the picture that a caller gets."""
+    return to_picture(*to_bytes(pixels))
 
 
 def corner(picture: Image.Image) -> object:
@@ -188,7 +194,7 @@ def test_rounding_to_8_bits_equals_the_reference(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.randn(1, 3, 48, 32, generator=generator) * 0.7).to(dtype)
     expected = PROCESSOR.postprocess(pixels, output_type="pil")[0]
-    found = to_picture(pixels)
+    found = shown(pixels)
     assert found.size == (32, 48)
     assert found.mode == "RGB"
     assert found.tobytes() == expected.tobytes()
@@ -198,7 +204,7 @@ def test_rounding_to_8_bits_equals_the_reference(dtype: torch.dtype) -> None:
 def test_every_level_rounds_to_the_nearest_byte(level: float) -> None:
     pixels = torch.full((1, 3, 2, 2), level)
     pixels[0, 0, 1, 1] = 0.3  # a constant picture is refused
-    byte = to_picture(pixels).getpixel((0, 0))[2]  # type: ignore[index]
+    byte = shown(pixels).getpixel((0, 0))[2]  # type: ignore[index]
     exact = min(max((level + 1) / 2 * 255, 0), 255)
     assert abs(byte - exact) <= 0.5 + 1e-4
 
@@ -208,7 +214,7 @@ def test_a_picture_survives_the_way_in_and_out(values: list[int]) -> None:
     if len(set(values)) == 1:
         return
     picture = Image.frombytes("RGB", (2, 2), bytes(values))
-    assert to_picture(to_pixels(picture)).tobytes() == picture.tobytes()
+    assert shown(to_pixels(picture)).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -223,16 +229,16 @@ def test_values_that_are_not_finite_are_a_device_fault(
     else:
         pixels[0, 2, 15, 15] = bad
     with pytest.raises(DeviceFaultError, match="values that are not finite"):
-        to_picture(pixels)
+        shown(pixels)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0, 0.25, -3.0])
 def test_one_constant_value_is_a_device_fault(value: float) -> None:
     with pytest.raises(DeviceFaultError, match="one constant colour"):
-        to_picture(torch.full((1, 3, 16, 16), value))
+        shown(torch.full((1, 3, 16, 16), value))
 
 
 def test_a_nearly_constant_picture_is_one() -> None:
     pixels = torch.full((1, 3, 16, 16), 0.9)
     pixels[0, 0, 0, 0] = 0.89999
-    assert len(set(to_picture(pixels).tobytes())) == 1
+    assert len(set(shown(pixels).tobytes())) == 1

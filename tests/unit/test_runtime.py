@@ -14,7 +14,13 @@ import torch
 from fluxcore.errors import DeviceError, DeviceUnavailableError, OutOfMemoryError
 from fluxcore.kernels import plain_attention
 from fluxcore.runtime import StageTimes, attention, choose_runtime, host_peak_bytes, memory
-from fluxcore.runtime.attention import CHUNK_ROWS, chunked_attention, contiguous_attention
+from fluxcore.runtime.attention import (
+    CHUNK_ROWS,
+    chunked_attention,
+    contiguous_attention,
+    cudnn_attention,
+    wide_attention,
+)
 from fluxcore.runtime.device import Runtime
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes
 from fluxcore.runtime.memory import is_out_of_memory, translated_errors
@@ -26,10 +32,17 @@ FLOAT32 = DtypePolicy(torch.float32, None, torch.float32, torch.float64)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """(cuda devices, mps) -> a machine that has them, as far as PyTorch can tell."""
 
-    def pretend(*, cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
+    def pretend(
+        *,
+        cuda: int = 0,
+        mps: bool = False,
+        bf16: bool = True,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
@@ -160,6 +173,47 @@ def test_mps_rules_go_with_the_kind_and_not_with_the_device() -> None:
     assert plain.kernels().attention is plain.kernels().vae_attention is plain_attention
     assert plain.channels_last
     assert not mps.channels_last
+
+
+def test_fused_attention_is_what_the_gpu_has(machine: Any) -> None:
+    machine(cuda=1, capability=(9, 0))
+    hopper = choose_runtime("cuda", attention="fused").kernels()
+    assert (hopper.attention, hopper.vae_attention) == (cudnn_attention, wide_attention)
+    # float16 keeps the VAE in float32, which two plain products would multiply slowly.
+    half = choose_runtime("cuda", "float16", attention="fused").kernels()
+    assert (half.attention, half.vae_attention) == (cudnn_attention, plain_attention)
+    exact = choose_runtime("cuda", "float32", attention="fused").kernels()
+    assert (exact.attention, exact.vae_attention) == (plain_attention, plain_attention)
+    machine(cuda=1, capability=(8, 0))
+    ampere = choose_runtime("cuda", attention="fused").kernels()
+    assert (ampere.attention, ampere.vae_attention) == (plain_attention, wide_attention)
+    machine()
+    cpu = choose_runtime("cpu", attention="fused").kernels()
+    assert (cpu.attention, cpu.vae_attention) == (plain_attention, plain_attention)
+
+
+def test_a_mask_goes_to_a_kernel_that_takes_one() -> None:
+    """The text encoder's attention: fewer key heads, and what may not be seen."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 6, 20, 16)
+    k, v = torch.randn(2, 1, 2, 20, 16).unbind()
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    exact = plain_attention(q, k, v, mask)
+    assert torch.allclose(cudnn_attention(q, k, v, mask), exact, atol=1e-6)
+
+
+def test_recordings_are_dropped_with_the_memory(machine: Any, monkeypatch: Any) -> None:
+    machine(cuda=1)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    runtime = choose_runtime("cuda", cuda_graphs=3)
+    assert runtime.graphs is not None
+    assert runtime.describe()["cuda_graphs"] == "3"
+    cleared: list[int] = []
+    monkeypatch.setattr(type(runtime.graphs), "clear", lambda _: cleared.append(1))
+    runtime.release_memory()
+    assert cleared == [1]
+    assert choose_runtime("cuda").graphs is None
 
 
 def test_the_residual_dtype_reaches_the_networks() -> None:

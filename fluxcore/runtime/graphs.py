@@ -1,0 +1,145 @@
+"""CUDA graphs: a network's launches recorded once per shape, and played back at once.
+
+Owns the recordings, their number and their memory. A call on a shape that is new runs
+as it is and is then recorded; later calls copy their inputs to where the recording
+expects them, play it, and copy the result out. The kernels are the same ones in the
+same order, so the result is the same bit for bit. Knows nothing of networks.
+
+Source of the rules (fixed addresses, one memory pool for graphs that never run at the
+same time): PyTorch documentation, "CUDA semantics", "CUDA Graphs".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Record what a function does: its result, which stays where it is, and how to do it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """One function on one shape.
+
+    Attributes:
+        inputs: where it reads, in the order of the call's tensors.
+        result: where it writes.
+    """
+
+    inputs: list[Tensor]
+    result: Any
+    play: Callable[[], None]
+
+
+class Graphs:
+    """The recordings of all networks of one pipeline; the least recently used goes first.
+
+    Used from the thread that owns the device.
+
+    Args:
+        limit: how many are kept.
+        record: how to record.
+    """
+
+    def __init__(self, limit: int, record: Record) -> None:
+        self.limit = limit
+        self._record = record
+        self._kept: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
+        self._refused: set[tuple[Any, ...]] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def wrap(self, function: Function, most_tokens: int) -> Function:
+        """The function, recorded on every shape that it is called with.
+
+        It must be pure, take tensors and plain values, and keep no tensor of its own.
+
+        Args:
+            most_tokens: calls whose first argument is longer than this in its second
+                dimension run as they are: the device is busy for longer than launching
+                takes, and a recording of them would hold much memory.
+        """
+
+        def call(*args: Any) -> Any:
+            if args[0].shape[1] > most_tokens:
+                return function(*args)
+            return self._call(function, args)
+
+        return call
+
+    def clear(self) -> None:
+        """Drop all recordings and their memory; they are made again when needed."""
+        self._kept.clear()
+        self._refused.clear()
+
+    def _call(self, function: Function, args: tuple[Any, ...]) -> Any:
+        leaves, form = tree_flatten(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = (function, form, *(_kind(leaf) for leaf in leaves))
+        found = self._kept.get(key)
+        if found is None:
+            result = function(*args)
+            if key not in self._refused:
+                self._add(key, function, leaves, form)
+            return result
+        self._kept.move_to_end(key)
+        for place, tensor in zip(found.inputs, tensors, strict=True):
+            place.copy_(tensor)
+        found.play()
+        return tree_map_only(Tensor, Tensor.clone, found.result)
+
+    def _add(
+        self, key: tuple[Any, ...], function: Function, leaves: list[Any], form: TreeSpec
+    ) -> None:
+        """Record a call that has just run, so that all that it needs is in place."""
+        while len(self._kept) >= self.limit:
+            self._kept.popitem(last=False)
+        places = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args = tree_unflatten(places, form)
+        try:
+            result, play = self._record(lambda: function(*args))
+        except torch.OutOfMemoryError:
+            self._refused.add(key)
+            logger.warning("too little memory for a CUDA graph; this shape runs without one")
+            return
+        inputs = [place for place in places if isinstance(place, Tensor)]
+        self._kept[key] = _Recording(inputs, result, play)
+
+
+def _kind(leaf: Any) -> Any:
+    """What must be equal for a recording to fit."""
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+class CudaRecorder:
+    """Records into graphs that share one pool of memory, as they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may ask for memory figures meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = function()
+        return result, graph.replay

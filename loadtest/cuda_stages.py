@@ -1,0 +1,463 @@
+"""Where the time goes on a CUDA GPU: every way of running the networks, stage by stage.
+
+    python loadtest/cuda_stages.py --sizes 256 512 1024 --out .models/cuda
+
+Draws a model of random weights straight into the GPU's memory, so that no checkpoint is
+needed, and then measures, one after the other: the rates that the chip reaches at the
+model's own shapes (the floor), the networks as they are, with CUDA graphs, compiled,
+compiled with CUDA graphs, fp8, and alternatives to what is built in. How far results are
+apart is printed beside the times, so that a fast wrong answer shows. A phase that fails
+prints why, and the next one goes on. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
+from fluxcore.kernels import plain_attention
+from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
+from fluxcore.pipeline.latents import draw_noise
+from fluxcore.pipeline.load import Components
+from fluxcore.pipeline.pictures import PictureDecoder
+from fluxcore.pipeline.result import ModelInfo
+from fluxcore.runtime import Runtime, choose_runtime
+from fluxcore.runtime.attention import cudnn_attention, scored_attention
+from fluxcore.runtime.compiling import compile_block
+from fluxcore.runtime.quantised import hardware_product, quantise, round_rows
+from fluxcore.text import PromptTokenizer
+from fluxcore.weights import random_architecture as architecture
+from fluxcore.weights import weight_plan
+from fluxcore.weights.random_tensors import (
+    TensorSpec,
+    text_encoder_tensors,
+    transformer_tensors,
+    vae_tensors,
+)
+from fluxcore.weights.random_tokenizer import write_tokenizer
+
+STEPS = 4
+GRAPHED_CALLS = 8
+PROMPT = "a lighthouse on a cliff above a stormy sea, oil painting"
+FINDINGS: dict[str, Any] = {}
+DEVICE = torch.device("cuda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--preset", default="4b")
+    parser.add_argument("--out", type=Path, help="directory for profiles and findings.json")
+    parser.add_argument("--only", nargs="+", help="phases, in this order; all when left out")
+    parser.add_argument("--shallow", action="store_true", help="one block of each kind")
+    args = parser.parse_args()
+    bench = Bench(args)
+    names = args.only or [name for name in vars(Bench) if name.startswith("phase_")]
+    for name in names:
+        with phase(name):
+            getattr(bench, name if name.startswith("phase_") else f"phase_{name}")()
+        if args.out is not None:
+            (args.out / "findings.json").write_text(json.dumps(FINDINGS, indent=1))
+    print(json.dumps(FINDINGS))
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Print how long a phase took; what goes wrong in it ends it and nothing else."""
+    started = time.perf_counter()
+    print(f"== {name}", flush=True)
+    try:
+        with torch.inference_mode():
+            yield
+    except Exception:  # noqa: BLE001
+        traceback.print_exc(file=sys.stdout)
+    print(f"== {name}: {time.perf_counter() - started:.1f} s", flush=True)
+
+
+class Bench:
+    """The model, the ways of running it, and one method for each phase, in order."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.sizes: list[int] = args.sizes
+        self.runs: int = args.runs
+        self.out: Path | None = args.out
+        started = time.perf_counter()
+        self.runtime = choose_runtime("cuda", attention="fused")
+        self.components = random_components(args.preset, self.runtime, shallow=args.shallow)
+        # Before anything is compiled, which stays with the modules.
+        self.fp8_transformer = copy.deepcopy(self.components.transformer)
+        torch.cuda.synchronize()
+        print(json.dumps(self.runtime.describe()))
+        print(f"model drawn in {time.perf_counter() - started:.1f} s", flush=True)
+        self.latents: dict[str, dict[int, Tensor]] = {}
+
+    def pipeline(self, *, compiles: bool, graphs: bool, **parts: nn.Module) -> FluxPipeline:
+        recording = choose_runtime("cuda", attention="fused", cuda_graphs=24 if graphs else 0)
+        runtime = replace(recording, compiles=compiles)
+        return FluxPipeline(replace(self.components, **parts), runtime, 2**28)
+
+    def phase_floor(self) -> None:
+        """What the chip does at the model's own shapes, one product after the other."""
+        transformer = self.components.config.transformer
+        width, mlp, head = transformer.width, transformer.mlp_width, transformer.head_width
+        for size in self.sizes:
+            image = (size // 16) ** 2
+            joint = image + TEXT_TOKENS
+            shapes = [
+                (rows, *sides, 5)
+                for rows in (image, TEXT_TOKENS)
+                for sides in ((3 * width, width), (width, width), (2 * mlp, width), (width, mlp))
+            ]
+            shapes += [
+                (joint, 3 * width + 2 * mlp, width, 20),
+                (joint, width, width + mlp, 20),
+            ]
+            total: dict[str, float] = {"bf16": 0.0, "fp8": 0.0}
+            for rows, n, k, count in shapes:
+                x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
+                weight = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
+                total["bf16"] += count * device_ms(F.linear, x, weight)
+                small, small_scale = round_rows(x)
+                large, large_scale = round_rows(weight)
+                scales = (small_scale, large_scale.t().contiguous())
+                total["fp8"] += count * device_ms(
+                    hardware_product, small, scales[0], large, scales[1]
+                )
+            q, k, v = torch.randn(3, 1, width // head, joint, head, device=DEVICE).bfloat16()
+            attention = {"cudnn": device_ms(cudnn_attention, q, k, v, None)}
+            attention["default"] = device_ms(plain_attention, q, k, v, None)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                attention["flash"] = device_ms(plain_attention, q, k, v, None)
+            best = min(attention.values())
+            floors = {name: STEPS * (ms + 25 * best) for name, ms in total.items()}
+            told = {"products": total, "attention": attention, "denoise_floor": floors}
+            found("floor", size, told)
+
+    def phase_plain(self) -> None:
+        """Nothing but PyTorch: what the other forms are compared with."""
+        plain = choose_runtime("cuda")
+        parts = {
+            name: copy.deepcopy(getattr(self.components, name))
+            for name in ("text_encoder", "transformer", "vae")
+        }
+        for network in parts.values():
+            rebuilt(network, plain)
+        self._measure("plain", FluxPipeline(replace(self.components, **parts), plain, 2**28), 3)
+
+    def phase_eager(self) -> None:
+        self._measure("eager", self.pipeline(compiles=False, graphs=False), min(self.runs, 5))
+        self._distance("plain", "eager")
+
+    def phase_eager_graphs(self) -> None:
+        self._measure("eager+graphs", self.pipeline(compiles=False, graphs=True), self.runs)
+        self._same("eager", "eager+graphs")
+
+    def phase_compiled(self) -> None:
+        self._measure("compiled", self.pipeline(compiles=True, graphs=False), self.runs)
+
+    def phase_compiled_graphs(self) -> None:
+        self._measure("compiled+graphs", self.pipeline(compiles=True, graphs=True), self.runs)
+        self._same("compiled", "compiled+graphs")
+        self._distance("eager", "compiled+graphs")
+
+    def phase_profile(self) -> None:
+        """Which kernels a picture is made of."""
+        pipe = self.pipeline(compiles=True, graphs=True)
+        for size in (self.sizes[0], self.sizes[-1]):
+            self._profile(pipe, f"bf16-{size}", size)
+
+    def phase_fp8(self) -> None:
+        quantised = self.fp8_transformer
+        quantise((*quantised.double_blocks, *quantised.single_blocks), hardware_product)
+        pipe = self.pipeline(compiles=True, graphs=True, transformer=quantised)
+        self._measure("fp8+graphs", pipe, self.runs)
+        self._distance("eager", "fp8+graphs")
+        for size in (self.sizes[0], self.sizes[-1]):
+            self._profile(pipe, f"fp8-{size}", size)
+
+    def phase_exact(self) -> None:
+        """float32 for the first size: what bf16 and fp8 lose."""
+        exact = choose_runtime("cuda", "float32")
+        parts = {
+            name: copy.deepcopy(getattr(self.components, name)).float()
+            for name in ("text_encoder", "transformer", "vae")
+        }
+        for network in parts.values():
+            rebuilt(network, exact)
+        pipe = FluxPipeline(replace(self.components, **parts), exact, 2**28)
+        self._measure("float32", pipe, 1, self.sizes[:1])
+        for name in ("eager", "compiled+graphs", "fp8+graphs"):
+            self._distance("float32", name)
+
+    def phase_static_blocks(self) -> None:
+        """One compiled form for each size, instead of one for all."""
+        transformer = copy.deepcopy(self.components.transformer)
+        for block in (*transformer.double_blocks, *transformer.single_blocks):
+            block._compiled_call_impl = None
+            compile_block(block, sizes_vary=False)
+        pipe = self.pipeline(compiles=False, graphs=True, transformer=transformer)
+        self._measure("static blocks+graphs", pipe, self.runs)
+
+    def phase_decoders(self) -> None:
+        """The VAE compiled for one size, with another attention, with measured convolutions."""
+        for size in self.sizes:
+            rows = size // 16
+            latents = torch.randn(1, rows * rows, 128, device=DEVICE, dtype=torch.bfloat16)
+            q, k, v = torch.randn(3, 1, 1, rows * rows * 4, 512, device=DEVICE).bfloat16()
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                ms = {"attention, efficient": device_ms(plain_attention, q, k, v, None)}
+            ms["attention, scored"] = device_ms(scored_attention, q, k, v)
+            found("decoder", size, ms)
+            for name, sizes_vary, benchmark in (
+                ("dynamic", True, False),
+                ("static", False, False),
+                ("static, cudnn.benchmark", False, True),
+            ):
+                torch.backends.cudnn.benchmark = benchmark
+                vae = self.components.vae
+                decoder = PictureDecoder(vae, torch.bfloat16, torch.channels_last)
+                compile_block(decoder, sizes_vary=sizes_vary)
+                started = time.perf_counter()
+                decoder(latents, rows, rows)
+                torch.cuda.synchronize()
+                ms[f"{name}, first"] = (time.perf_counter() - started) * 1000
+                ms[name] = device_ms(decoder, latents, rows, rows)
+                torch.backends.cudnn.benchmark = False
+            found("decoder", size, ms)
+
+    def phase_host(self) -> None:
+        """What the host does for each picture."""
+        for size in self.sizes:
+            grid = (size // 16, size // 16)
+            picture = torch.randint(0, 255, (size, size, 3), device=DEVICE, dtype=torch.uint8)
+            found(
+                "host",
+                size,
+                {
+                    "noise": wall_ms(draw_noise, 0, 128, grid),
+                    "copy, pinned": wall_ms(self.runtime.to_host, picture),
+                    "copy, pageable": wall_ms(Tensor.cpu, picture),
+                },
+            )
+
+    def _measure(
+        self, name: str, pipe: FluxPipeline, runs: int, sizes: list[int] | None = None
+    ) -> None:
+        """Stage times of whole pictures, the prompt being new each time."""
+        self.latents[name] = {}
+        for size in sizes or self.sizes:
+            params = GenerationParams(prompt=PROMPT, width=size, height=size, steps=STEPS, seed=1)
+
+            def draw(params: GenerationParams = params, size: int = size) -> dict[str, float]:
+                pipe.conditioning_cache.clear()
+
+                def keep(step: Any, _: int) -> None:
+                    self.latents[name][size] = step.latents
+
+                started = time.perf_counter()
+                times = pipe.generate(params, keep).timings
+                return {**times, "wall": (time.perf_counter() - started) * 1000}
+
+            torch.cuda.reset_peak_memory_stats()
+            first, second = draw(), draw()
+            counted = [draw() for _ in range(runs)]
+            told = {stage: statistics.median(t[stage] for t in counted) for stage in first}
+            spread = max(t["wall"] for t in counted) - min(t["wall"] for t in counted)
+            told |= {"spread": spread, "first": first["wall"], "second": second["wall"]}
+            told["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            found(name, size, told)
+
+    def _same(self, one: str, other: str) -> None:
+        for size, latents in self.latents[one].items():
+            equal = torch.equal(latents, self.latents[other][size])
+            found(f"{other} equals {one}", size, {"bit for bit": float(equal)})
+
+    def _distance(self, one: str, other: str) -> None:
+        for size, latents in self.latents[one].items():
+            a, b = latents.double(), self.latents[other][size].double()
+            distance = float((a - b).norm() / a.norm())
+            found(f"{other} against {one}", size, {"latents, relative": distance})
+
+    def _profile(self, pipe: FluxPipeline, name: str, size: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        params = GenerationParams(prompt=PROMPT, width=size, height=size, steps=STEPS, seed=1)
+        pipe.generate(params)
+        pipe.conditioning_cache.clear()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            pipe.generate(params)
+        table = profiler.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=110
+        )
+        if self.out is not None:
+            (self.out / f"profile-{name}.txt").write_text(table)
+
+
+def random_components(preset: str, runtime: Runtime, *, shallow: bool) -> Components:
+    """A model of random weights, distributed as in ``random-checkpoint``, on the GPU."""
+    model = architecture.PRESETS[preset]
+    if shallow:
+        shape = replace(model.transformer, num_layers=1, num_single_layers=1)
+        model = replace(model, transformer=shape)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        ids = write_tokenizer(directory / "tokenizer")
+        files = {
+            "model_index.json": architecture.model_index(is_distilled=True),
+            "scheduler/scheduler_config.json": architecture.scheduler_config(),
+            "transformer/config.json": architecture.transformer_config(model),
+            "text_encoder/config.json": architecture.text_encoder_config(
+                model,
+                dtype="bfloat16",
+                bos_token_id=ids.pad_token_id,
+                eos_token_id=ids.end_token_id,
+            ),
+            "vae/config.json": architecture.vae_config(model),
+        }
+        for file, content in files.items():
+            (directory / file).parent.mkdir(exist_ok=True)
+            (directory / file).write_text(json.dumps(content))
+        config = read_checkpoint_config(directory)
+        tokenizer = PromptTokenizer(directory / "tokenizer")
+    kernels = runtime.kernels()
+    networks = {
+        "text_encoder": filled(
+            lambda: Qwen3Encoder(config.text_encoder, kernels),
+            config.text_encoder,
+            text_encoder_tensors(model),
+            runtime.dtypes.weights,
+        ),
+        "transformer": filled(
+            lambda: Flux2Transformer(config.transformer, kernels),
+            config.transformer,
+            transformer_tensors(model),
+            runtime.dtypes.weights,
+        ),
+        "vae": filled(
+            lambda: AutoEncoder(config.vae, kernels),
+            config.vae,
+            vae_tensors(model),
+            runtime.dtypes.vae,
+        ),
+    }
+    return Components(_info(preset, config), config, tokenizer, stream=None, **networks)
+
+
+def filled(
+    build: Callable[[], nn.Module], config: Any, specs: list[TensorSpec], dtype: torch.dtype
+) -> nn.Module:
+    """A network with random values in place of each published tensor."""
+    by_name = {spec.name: spec for spec in specs}
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def drawn(source: Any) -> Tensor:
+        spec = by_name[source.name]
+        std = spec.std.to(DEVICE) if isinstance(spec.std, Tensor) else spec.std
+        values = torch.randn(spec.shape, device=DEVICE, generator=generator)
+        values = (values * std + spec.mean).to(dtype)
+        last = values.dim() == 4
+        return values.contiguous(memory_format=torch.channels_last) if last else values
+
+    with torch.device("meta"):
+        network = build().eval().requires_grad_(False)
+    values = {
+        name: drawn(sources[0]) if len(sources) == 1 else torch.cat([drawn(s) for s in sources])
+        for name, sources in weight_plan(config).parts.items()
+    }
+    network.load_state_dict(values, assign=True)
+    return network.requires_grad_(False)
+
+
+def rebuilt(network: nn.Module, runtime: Runtime) -> None:
+    """Give a copied network the functions of another runtime, and nothing compiled."""
+    kernels = runtime.kernels()
+    for module in network.modules():
+        module._compiled_call_impl = None
+        if hasattr(module, "attention") and not isinstance(module.attention, nn.Module | None):
+            wide = "vae" in type(module).__module__
+            module.attention = kernels.vae_attention if wide else kernels.attention
+
+
+def _info(preset: str, config: CheckpointConfig) -> ModelInfo:
+    return ModelInfo(
+        name=f"random-{preset}",
+        path=config.directory,
+        is_bundled=False,
+        is_distilled=True,
+        default_side_px=512,
+        default_steps=STEPS,
+        default_guidance=None,
+        parameters={},
+        weight_bytes=0,
+        load=(),
+    )
+
+
+def device_ms(work: Callable[..., Any], *args: Any) -> float:
+    """Median time on the device, in ms, without what launching takes."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(GRAPHED_CALLS):
+            work(*args)
+    times = []
+    for _ in range(7):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(begun.elapsed_time(ended) / GRAPHED_CALLS)
+    return statistics.median(times)
+
+
+def wall_ms(work: Callable[..., Any], *args: Any) -> float:
+    """Median time on the host, in ms."""
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work(*args)
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def found(name: str, size: int, told: dict[str, Any]) -> None:
+    """Print one finding and keep it."""
+    FINDINGS.setdefault(name, {})[str(size)] = told
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} {shown(v)}" for k, v in value.items()) + "}"
+        return f"{value:.4g}"
+
+    print(
+        f"{name:28}{size:6}  " + "  ".join(f"{k} {shown(v)}" for k, v in told.items()), flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
