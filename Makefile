@@ -16,7 +16,7 @@ CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14
 .DELETE_ON_ERROR:
 # The libraries that the tests compare with would otherwise look for models on the network.
 test test-device test-slow: export HF_HUB_OFFLINE = 1
-.PHONY: help install node-client serve test test-device test-slow lint format clean
+.PHONY: help install node-client serve test test-device test-slow lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ lint: $(INSTALLED) ## Check style, format, types and layers
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED) ## Write anew what is made from the code: docs/api.md and the layers' diagram
+	$(BIN)/fluxd openapi --markdown > docs/api.md
+	$(BIN)/python -m tests.docs.diagram
 
 format: $(INSTALLED) ## Format the code and apply the safe fixes
 	$(BIN)/python -m ruff check --fix .

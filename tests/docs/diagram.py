@@ -2,17 +2,19 @@
 
     python -m tests.docs.diagram
 
-prints it, for docs/architecture.md.
+puts it into docs/architecture.md; ``make docs`` does so, too.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
+import re
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/architecture.md"
+_BLOCK = re.compile(r"(?<=^```mermaid\n).*?(?=^```$)", re.S | re.M)
 
 
 def diagram() -> str:
@@ -41,4 +43,4 @@ def _chain(container: str, layers: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(diagram())
+    PAGE.write_text(_BLOCK.sub(diagram(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")

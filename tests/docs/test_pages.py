@@ -32,7 +32,7 @@ def headings(page: Path) -> set[str]:
 def test_the_api_page_is_what_the_code_says() -> None:
     made = reference_page(openapi_document(Settings()))
     kept = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    assert made == kept, "make it anew: fluxd openapi --markdown > docs/api.md"
+    assert made == kept, "write it anew: make docs"
 
 
 def test_fluxd_openapi_prints_what_the_service_answers(tmp_path: Path) -> None:
@@ -88,4 +88,4 @@ def test_the_diagram_is_what_import_linter_checks() -> None:
     (block,) = [
         block for block in blocks_of(ROOT / "docs/architecture.md") if block.language == "mermaid"
     ]
-    assert block.text == diagram(), "make it anew: python -m tests.docs.diagram"
+    assert block.text == diagram(), "write it anew: make docs"
