@@ -25,7 +25,7 @@ def test_the_bundled_model_sits_a_short_exam(
     assert sum(int(row[2]) for row in counted) == 5
     assert set(json.loads(last)) == {"one object", "two objects, related", "edits", "seconds"}
     right = sum(round(int(row[2]) * float(row[3].split()[0]) / 100) for row in counted)
-    assert len(list(wrong.iterdir())) == 5 - right > 0
+    assert len(list((tmp_path / "wrong").iterdir())) == 5 - right > 0
 
 
 def test_questions_of_other_sizes_are_of_those_sizes() -> None:
