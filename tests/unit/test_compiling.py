@@ -140,7 +140,7 @@ def test_one_form_serves_all_sizes_with_the_gpu_s_own_operations(precision: str)
     mod = Modulation(*(shaped(count, 1, 64) for count in (6, 6, 3, 2)))
     with torch.inference_mode():
         for tokens in (256, 1024, TEXT_TOKENS, 4096):
-            pe = (shaped(tokens + TEXT_TOKENS, 8, dtype=torch.float32),) * 2
+            pe = (shaped(tokens + TEXT_TOKENS, 16, dtype=torch.float32),) * 2
             img, txt = double(shaped(1, tokens, 64), shaped(1, TEXT_TOKENS, 64), mod, pe)
             x = single(torch.cat((txt, img), dim=1), mod.single, pe)
             assert (x.shape, x.dtype) == ((1, tokens + TEXT_TOKENS, 64), torch.bfloat16)
@@ -159,7 +159,7 @@ def test_compiled_blocks_agree_at_every_size_and_are_compiled_once() -> None:
     before = counters["unique_graphs"]
     for tokens in (40, 72, 24):
         x, mod = torch.randn(1, tokens, 64), torch.randn(3, 1, 64)
-        pe = (torch.randn(tokens, 8), torch.randn(tokens, 8))
+        pe = (torch.randn(tokens, 16), torch.randn(tokens, 16))
         with torch.inference_mode():
             for block in compiled:
                 block._compiled_call_impl = None
