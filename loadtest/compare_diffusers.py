@@ -1,32 +1,63 @@
 """fluxd and diffusers on one checkpoint, side by side: times, memory, and how far apart.
 
-    python loadtest/compare_diffusers.py CHECKPOINT --sizes 256 512 --runs 3
+    python loadtest/compare_diffusers.py CHECKPOINT --sizes 256 512 --runs 5 --compiled
+    python loadtest/compare_diffusers.py CHECKPOINT --separate
 
-Each engine runs in a process of its own, because two full-size models do not fit into
-24 GB and a peak of memory belongs to a process. Both get the same prompt, seed and
-sizes; the difference of their conditioning, final latents and pictures is printed next
-to the times, so that a fast wrong answer shows. The last line is JSON.
+All engines are loaded into one process and draw in turns, so that what else the machine
+does falls on all of them. With --compiled, diffusers draws a second time with its
+transformer and decoder compiled; its text encoder stays as it is. Where two models do not
+fit, or a peak of memory is asked for, which belongs to a process, --separate gives each
+engine a process of its own, one after the other.
+
+All get the same prompt, seed and sizes, and so the same noise. The distance of their
+conditioning, final latents and pictures from eager diffusers is printed next to the
+times, so that a fast wrong answer shows. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
+
+from fluxcore.runtime import host_peak_bytes
+
+T = TypeVar("T")
+Times = dict[str, float]
 
 PROMPT = "a lighthouse on a cliff above a stormy sea, oil painting"
 SEED = 42
-ENGINES = ("fluxd", "diffusers")
+FLUXD, EAGER, COMPILED = "fluxd", "diffusers", "diffusers compiled"
+
+
+@dataclass
+class Drawn:
+    """What one engine made. Times in milliseconds.
+
+    Shapes: embeddings [1, 512, 3 D], latents [1, h w, C], picture [height, width, 3].
+    """
+
+    times: Times
+    embeddings: np.ndarray
+    latents: np.ndarray
+    picture: np.ndarray
+
+
+class Engine(Protocol):
+    """A loaded model that draws ``PROMPT`` from ``SEED``, its prompt not cached."""
+
+    def draw(self, side_px: int) -> Drawn: ...
 
 
 def main() -> None:
@@ -34,131 +65,181 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3, help="counted runs after one warm-up")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=3, help="counted runs after the first one")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--compiled", action="store_true", help="compiled diffusers, too")
+    parser.add_argument("--separate", action="store_true", help="a process for each engine")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    names = [FLUXD, EAGER, *([COMPILED] if args.compiled else [])]
     if args.engine:
-        run = run_fluxd if args.engine == "fluxd" else run_diffusers
-        print(json.dumps(run(args)))
+        print(json.dumps(compare(args, [args.engine])))
         return
-    compare(args)
+    report = compare_apart(args, names) if args.separate else compare(args, names)
+    _print_table(report, names)
+    print(json.dumps(report))
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Run both engines one after the other and print the table."""
-    reports = {}
-    with tempfile.TemporaryDirectory() as keep:
-        for engine in ENGINES:
-            command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine]
-            child = subprocess.run(
-                [*command, "--keep", keep], check=True, stdout=subprocess.PIPE, text=True
-            )
-            reports[engine] = json.loads(child.stdout.splitlines()[-1])
-        distances = {size: _distances(Path(keep), size) for size in args.sizes}
-    _print_table(reports, distances)
-    print(json.dumps({"engines": reports, "distances": distances}))
+def compare(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Load the engines, let them draw in turns, and measure how far apart they are."""
+    engines, report = load(args, names), {"start": {}, "sizes": {}}
+    report["start"] = {name: found for name, (_, found) in engines.items()}
+    for side in args.sizes:
+        drawn: dict[str, list[Drawn]] = {name: [] for name in engines}
+        peaks: dict[str, float] = {}
+        for _ in range(args.runs + 1):
+            for name, (engine, _) in engines.items():
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                drawn[name].append(engine.draw(side))
+                peaks[name] = _device_peak_bytes() / 1e9
+        lasts = {name: made[-1] for name, made in drawn.items()}
+        if args.keep:
+            _save(args.keep, side, lasts)
+        report["sizes"][str(side)] = {
+            "engines": {
+                name: {**_summary(made), "device_peak_gb": peaks[name]}
+                for name, made in drawn.items()
+            },
+            "distances": _distances(lasts),
+        }
+    report["host_peak_gb"] = host_peak_bytes() / 1e9
+    return report
 
 
-def run_fluxd(args: argparse.Namespace) -> dict[str, Any]:
-    """Load and time fluxcore; keep its tensors."""
-    started = time.perf_counter()
-    from fluxcore import FluxPipeline, GenerationParams
+def compare_apart(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The same with a process for each engine, one after the other."""
+    report: dict[str, Any] = {"start": {}, "sizes": {}, "host_peak_gb": {}}
+    with tempfile.TemporaryDirectory() as kept:
+        for name in names:
+            command = [sys.executable, __file__, *sys.argv[1:], "--engine", name, "--keep", kept]
+            child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(child.stdout.splitlines()[-1])
+            report["start"] |= found["start"]
+            report["host_peak_gb"][name] = found["host_peak_gb"]
+            for side, of_size in found["sizes"].items():
+                place = report["sizes"].setdefault(side, {"engines": {}})
+                place["engines"] |= of_size["engines"]
+        for side in args.sizes:
+            lasts = _load_kept(Path(kept), side, names)
+            report["sizes"][str(side)]["distances"] = _distances(lasts)
+    return report
 
-    imported = time.perf_counter()
-    pipe = FluxPipeline.load(args.checkpoint, device=args.device, dtype=args.dtype)
-    loaded = time.perf_counter()
-    report = _start_report(started, imported, loaded)
-    for size in args.sizes:
-        params = GenerationParams(
-            prompt=PROMPT, width=size, height=size, steps=args.steps, guidance=1.0, seed=SEED
+
+def load(
+    args: argparse.Namespace, names: Sequence[str]
+) -> dict[str, tuple[Engine, dict[str, float]]]:
+    """The engines by name, and how long each took to load."""
+    from fluxcore.runtime import choose_runtime
+
+    runtime = choose_runtime(args.device, args.dtype)
+    device, dtype = str(runtime.device), runtime.dtypes.weights
+    found: dict[str, tuple[Engine, dict[str, float]]] = {}
+    theirs: Any = None
+    for name in names:
+        begun = time.perf_counter()
+        engine: Engine
+        if name == FLUXD:
+            engine = Fluxd(args)
+        else:
+            theirs = theirs or load_diffusers(args.checkpoint, device, dtype)
+            engine = Diffusers(theirs, args.steps, runtime.synchronize, compiled=name == COMPILED)
+        seconds = time.perf_counter() - begun
+        found[name] = (engine, {"load_s": seconds, "host_peak_gb": host_peak_bytes() / 1e9})
+    return found
+
+
+class Fluxd:
+    """Ours, with the settings that the service would have."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from app.main import pipeline_loader
+        from app.settings import load_settings
+
+        flags = dict(assignment.split("=", 1) for assignment in args.settings)
+        flags |= {"device": args.device, "dtype": args.dtype, "conditioning_store_bytes": 0}
+        self._pipe: Any = pipeline_loader(args.checkpoint, load_settings(flags).values)(
+            lambda step: None
         )
-        kept: dict[str, Any] = {}
+        self._steps = args.steps
 
-        def draw(
-            params: GenerationParams = params, kept: dict[str, Any] = kept
-        ) -> dict[str, float]:
-            pipe.conditioning_cache.clear()
-            result = pipe.generate(params, lambda step, _: kept.update(latents=step.latents))
-            kept["picture"] = np.asarray(result.images[0])
-            return result.timings
+    def draw(self, side_px: int) -> Drawn:
+        from fluxcore import GenerationParams
 
-        report["sizes"][size] = _time_runs(draw, args.runs)
-        report["sizes"][size]["device_peak_gb"] = pipe.runtime.peak_bytes() / 1e9
-        embeddings = pipe.encode_prompt(PROMPT).embeddings
-        _save(args.keep / f"fluxd-{size}.npz", embeddings, kept["latents"], kept["picture"])
-    return _end_report(report)
+        params = GenerationParams(
+            prompt=PROMPT, width=side_px, height=side_px, steps=self._steps, guidance=1.0, seed=SEED
+        )
+        self._pipe.conditioning_cache.forget_memory()
+        latents: list[Any] = []
+        result = self._pipe.generate(params, lambda step, _: latents.append(step.latents))
+        embeddings = self._pipe.encode_prompt(PROMPT).embeddings
+        return Drawn(
+            result.timings, _host(embeddings), _host(latents[-1]), np.asarray(result.images[0])
+        )
 
 
-def run_diffusers(args: argparse.Namespace) -> dict[str, Any]:
-    """Load and time diffusers' Flux2KleinPipeline, eager; keep its tensors."""
-    started = time.perf_counter()
-    import torch
+def load_diffusers(checkpoint: Path, device: str, dtype: torch.dtype) -> Any:
+    """Its pipeline, as its documentation loads it."""
     from diffusers import Flux2KleinPipeline
 
-    imported = time.perf_counter()
-    pipe = Flux2KleinPipeline.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
-    pipe.to(args.device)
-    loaded = time.perf_counter()
+    pipe = Flux2KleinPipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    report = _start_report(started, imported, loaded)
-    on_cuda = args.device.startswith("cuda")
+    return pipe
 
-    def timed(work: Callable[[], Any], times: dict[str, float], stage: str) -> Any:
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            value = work()
-        if on_cuda:
-            torch.cuda.synchronize()
-        elif args.device == "mps":
-            torch.mps.synchronize()
-        times[stage] = (time.perf_counter() - begun) * 1000
-        return value
 
-    for size in args.sizes:
-        kept: dict[str, Any] = {}
+class Diffusers:
+    """Flux2KleinPipeline, stage by stage; compiled forms share the eager one's weights."""
 
-        def draw(size: int = size, kept: dict[str, Any] = kept) -> dict[str, float]:
-            times: dict[str, float] = {}
-            embeddings = timed(lambda: pipe.encode_prompt(PROMPT)[0], times, "text")
-            latents = timed(
-                lambda: (
-                    pipe(
-                        prompt_embeds=embeddings,
-                        height=size,
-                        width=size,
-                        num_inference_steps=args.steps,
-                        guidance_scale=1.0,
-                        generator=torch.Generator("cpu").manual_seed(SEED),
-                        output_type="latent",
-                    ).images
-                ),
-                times,
-                "denoise",
-            )
-            picture = timed(
-                lambda: pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)[0],
-                times,
-                "decode",
-            )
-            times["total"] = sum(times.values())
-            kept.update(embeddings=embeddings, latents=latents, picture=np.asarray(picture))
-            return times
+    def __init__(
+        self, pipe: Any, steps: int, synchronize: Callable[[], None], *, compiled: bool
+    ) -> None:
+        self._steps, self._synchronize = steps, synchronize
+        self._pipe, self._decode = pipe, pipe.vae.decode
+        if compiled:
+            parts = {**pipe.components, "transformer": torch.compile(pipe.transformer)}
+            self._pipe = type(pipe)(**parts, is_distilled=pipe.config.is_distilled)
+            self._pipe.set_progress_bar_config(disable=True)
+            self._decode = torch.compile(pipe.vae.decode)
 
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        report["sizes"][size] = _time_runs(draw, args.runs)
-        peak = _host_peak_bytes()
-        if on_cuda:
-            peak = torch.cuda.max_memory_allocated()
-        elif args.device == "mps":
-            peak = torch.mps.driver_allocated_memory()
-        report["sizes"][size]["device_peak_gb"] = peak / 1e9
-        tokens = _normalised_tokens(pipe, kept["latents"])
-        _save(args.keep / f"diffusers-{size}.npz", kept["embeddings"], tokens, kept["picture"])
-    return _end_report(report)
+    def draw(self, side_px: int) -> Drawn:
+        pipe, times = self._pipe, Times()
+
+        def timed(stage: str, work: Callable[[], T]) -> T:
+            self._synchronize()
+            begun = time.perf_counter()
+            # Not inference_mode: compiled code would be made anew for its tensors.
+            with torch.no_grad():
+                value = work()
+            self._synchronize()
+            times[stage] = (time.perf_counter() - begun) * 1000
+            return value
+
+        def decode(latents: Any) -> Any:
+            return pipe.image_processor.postprocess(self._decode(latents).sample)[0]
+
+        embeddings = timed("text", lambda: pipe.encode_prompt(PROMPT)[0])
+        latents = timed(
+            "denoise",
+            lambda: (
+                pipe(
+                    prompt_embeds=embeddings,
+                    height=side_px,
+                    width=side_px,
+                    num_inference_steps=self._steps,
+                    guidance_scale=1.0,
+                    generator=torch.Generator("cpu").manual_seed(SEED),
+                    output_type="latent",
+                ).images
+            ),
+        )
+        picture = timed("decode", lambda: decode(latents))
+        times["total"] = sum(times.values())
+        tokens = _normalised_tokens(pipe, latents)
+        return Drawn(times, _host(embeddings), _host(tokens), np.asarray(picture))
 
 
 def _normalised_tokens(pipe: Any, latents: Any) -> Any:
@@ -169,51 +250,62 @@ def _normalised_tokens(pipe: Any, latents: Any) -> Any:
     return pipe._pack_latents((patched - mean) / deviation.view(1, -1, 1, 1))
 
 
-def _time_runs(draw: Callable[[], dict[str, float]], runs: int) -> dict[str, Any]:
+def _host(tensor: Any) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def _device_peak_bytes() -> int:
+    """On CUDA since the last reset, with all that is loaded; elsewhere the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if torch.backends.mps.is_available():
+        return torch.mps.driver_allocated_memory()
+    return host_peak_bytes()
+
+
+def _summary(made: Sequence[Drawn]) -> dict[str, Any]:
     """First picture, then the median and the spread of the counted ones, in ms per stage."""
-    first = draw()
-    counted = [draw() for _ in range(runs)]
-    stages = {stage: [times[stage] for times in counted] for stage in counted[0]}
+    first, counted = made[0].times, [drawn.times for drawn in made[1:]]
+    stages = {stage: [times[stage] for times in counted] for stage in first}
     return {
         "first_ms": first["total"],
         "median_ms": {stage: statistics.median(values) for stage, values in stages.items()},
         "spread_ms": {stage: max(values) - min(values) for stage, values in stages.items()},
-        "runs": runs,
+        "runs": len(counted),
     }
 
 
-def _start_report(started: float, imported: float, loaded: float) -> dict[str, Any]:
+def _save(place: Path, side: int, drawn: Mapping[str, Drawn]) -> None:
+    for name, made in drawn.items():
+        arrays = {"embeddings": made.embeddings, "latents": made.latents, "picture": made.picture}
+        np.savez(place / f"{name}-{side}.npz", **arrays)
+
+
+def _load_kept(place: Path, side: int, names: Sequence[str]) -> dict[str, Drawn]:
+    found = {}
+    for name in names:
+        with np.load(place / f"{name}-{side}.npz") as kept:
+            found[name] = Drawn({}, kept["embeddings"], kept["latents"], kept["picture"])
+    return found
+
+
+def _distances(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, float]]:
+    """Of each engine from eager diffusers."""
+    if EAGER not in drawn:
+        return {}
+    reference = drawn[EAGER]
     return {
-        "import_s": imported - started,
-        "load_s": loaded - imported,
-        "peak_after_load_gb": _host_peak_bytes() / 1e9,
-        "sizes": {},
+        name: distance(made, reference) for name, made in drawn.items() if made is not reference
     }
 
 
-def _end_report(report: dict[str, Any]) -> dict[str, Any]:
-    report["peak_gb"] = _host_peak_bytes() / 1e9
-    return report
-
-
-def _host_peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _save(path: Path, embeddings: Any, latents: Any, picture: np.ndarray) -> None:
-    arrays = {"embeddings": embeddings, "latents": latents}
-    values = {name: tensor.float().cpu().numpy() for name, tensor in arrays.items()}
-    np.savez(path, picture=picture, **values)
-
-
-def _distances(keep: Path, size: int) -> dict[str, float]:
-    ours, theirs = (np.load(keep / f"{engine}-{size}.npz") for engine in ENGINES)
+def distance(ours: Drawn, theirs: Drawn) -> dict[str, float]:
+    """Relative root mean square of tensors; of pictures mean, largest and PSNR of 255."""
     found = {}
     for name in ("embeddings", "latents"):
-        a, b = ours[name].astype(np.float64), theirs[name].astype(np.float64)
+        a, b = getattr(ours, name).astype(np.float64), getattr(theirs, name).astype(np.float64)
         found[f"{name}_relative_rms"] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    apart = np.abs(ours["picture"].astype(int) - theirs["picture"].astype(int))
+    apart = np.abs(ours.picture.astype(int) - theirs.picture.astype(int))
     found["picture_mean_abs"] = float(apart.mean())
     found["picture_max_abs"] = float(apart.max())
     mean_square = float((apart.astype(np.float64) ** 2).mean())
@@ -221,32 +313,27 @@ def _distances(keep: Path, size: int) -> dict[str, float]:
     return found
 
 
-def _print_table(reports: dict[str, Any], distances: dict[int, dict[str, float]]) -> None:
-    print(f"{'':28}" + "".join(f"{engine:>14}" for engine in ENGINES))
+def _print_table(report: Mapping[str, Any], names: Sequence[str]) -> None:
+    def row(label: str, values: Sequence[float]) -> None:
+        print(f"{label:32}" + "".join(f"{value:20.4g}" for value in values))
 
-    def row(label: str, *keys: Any) -> None:
-        values = []
-        for engine in ENGINES:
-            value: Any = reports[engine]
-            for key in keys:
-                value = value[key]
-            values.append(value)
-        print(f"{label:28}" + "".join(f"{value:14.2f}" for value in values))
-
-    for label, key in (
-        ("import, s", "import_s"),
-        ("load, s", "load_s"),
-        ("host peak after load, GB", "peak_after_load_gb"),
-        ("host peak, GB", "peak_gb"),
-    ):
-        row(label, key)
-    for size, distance in distances.items():
-        row(f"{size}: first picture, ms", "sizes", str(size), "first_ms")
+    print(f"{'':32}" + "".join(f"{name:>20}" for name in names))
+    row("load, s", [report["start"][name]["load_s"] for name in names])
+    if isinstance(report["host_peak_gb"], dict):
+        row("host peak, GB", [report["host_peak_gb"][name] for name in names])
+    for side, of_size in report["sizes"].items():
+        engines = of_size["engines"]
+        row(f"{side}: first picture, ms", [engines[name]["first_ms"] for name in names])
         for stage in ("text", "denoise", "decode", "total"):
-            row(f"{size}: {stage}, ms", "sizes", str(size), "median_ms", stage)
-        row(f"{size}: device peak, GB", "sizes", str(size), "device_peak_gb")
-        for name, value in distance.items():
-            print(f"  {size}: {name} {value:.4g}")
+            row(f"{side}: {stage}, ms", [engines[name]["median_ms"][stage] for name in names])
+        row("  spread of the total, ms", [engines[name]["spread_ms"]["total"] for name in names])
+        eager = engines[EAGER]["median_ms"]["total"]
+        row("  total, of eager's", [engines[name]["median_ms"]["total"] / eager for name in names])
+        if not isinstance(report["host_peak_gb"], dict) or torch.cuda.is_available():
+            row("  device peak, GB", [engines[name]["device_peak_gb"] for name in names])
+        for name, found in of_size["distances"].items():
+            shown = "  ".join(f"{what} {value:.4g}" for what, value in found.items())
+            print(f"  {name} from eager: {shown}")
 
 
 if __name__ == "__main__":
