@@ -60,11 +60,14 @@ def test_a_wrong_command_is_caught(words: list[str]) -> None:
     assert not is_understood(words)
 
 
-def test_the_unit_s_environment_is_settings() -> None:
+def test_the_unit_s_environment_leads_into_its_directory() -> None:
     given = dict(line.split("=", 1) for line in SERVICE["Environment"])
     settings = load_settings({}, given, CONFIG / "fluxd.toml").values
-    (state,) = SERVICE["StateDirectory"]
-    assert settings.data_path == Path("/var/lib") / state
+    state = Path("/var/lib", *SERVICE["StateDirectory"])
+    # Everything else that the user could write to is shut.
+    assert settings.data_path == state
+    assert settings.conditioning_store_path.is_relative_to(state)
+    assert settings.compiled_store_path.is_relative_to(state)
 
 
 def test_a_running_job_has_its_time_to_end() -> None:
