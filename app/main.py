@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 from fastapi import FastAPI
@@ -247,16 +247,27 @@ def serve(settings: Settings, engine: Engine) -> int:
     return EXIT_OK
 
 
-def serve_checkpoint(settings: Settings) -> int:
+def serve_checkpoint(
+    settings: Settings,
+    log: TextIO | None = None,
+    follow: Callable[[Engine], None] | None = None,
+) -> int:
     """Load the checkpoint of the settings, else the bundled one, and serve it; see ``serve``.
+
+    Args:
+        log: where log lines go; standard error when left out.
+        follow: is given the engine, before it starts.
 
     Raises:
         SettingsError: it cannot listen on the address.
     """
-    telemetry.configure_logging(settings.log_level, settings.log_format)
+    telemetry.configure_logging(settings.log_level, settings.log_format, log)
     if settings.model is None:
         logger.info(BUNDLED_NOTE)
-    return serve(settings, create_engine(settings, pipeline_loader(settings.model, settings)))
+    engine = create_engine(settings, pipeline_loader(settings.model, settings))
+    if follow is not None:
+        follow(engine)
+    return serve(settings, engine)
 
 
 def listen(host: str, port: int) -> socket.socket:

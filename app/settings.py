@@ -27,6 +27,8 @@ from fluxcore.params import MAX_REFERENCES, check_side
 
 ENV_PREFIX = "FLUXD_"
 CONFIG_VARIABLE = "FLUXD_CONFIG"
+# For programs that use a service, not for the service.
+CLIENT_VARIABLES = ("FLUXD_SERVER", "FLUXD_KEY")
 DEFAULT_CONFIG = Path("config/fluxd.toml")
 # Pillow refuses pictures of twice this size by itself and warns above it.
 PILLOW_PIXEL_LIMIT = 89_478_485
@@ -558,10 +560,12 @@ def _from_environment(variables: Mapping[str, str]) -> _Found:
     known = {f"{ENV_PREFIX}{name.upper()}": name for name in Settings.model_fields}
     found: _Found = {}
     for variable, value in variables.items():
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        if variable == CONFIG_VARIABLE or variable in CLIENT_VARIABLES:
             continue
         if variable not in known:
-            hint = nearest(variable, [*known, CONFIG_VARIABLE])
+            hint = nearest(variable, [*known, CONFIG_VARIABLE, *CLIENT_VARIABLES])
             raise SettingsError(f"unknown environment variable {variable}; {hint}")
         found[known[variable]] = (value, f"environment {variable}")
     return found

@@ -1,7 +1,8 @@
 """The command line ``fluxd``.
 
-``commands`` declares it, ``one_shot`` draws pictures in this process, ``terminal``
-shows progress. Everything heavy is imported inside the commands.
+``commands`` declares it, ``one_shot`` draws once, ``prompt`` line by line, ``drawing``
+gets the pictures, ``terminal`` shows them, ``console`` and ``startup`` tell how things
+stand. Everything heavy is imported inside the commands.
 """
 
 from app.cli.commands import cli, main

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.terminal import UsageError, load_progress, say, step_progress
+from app.cli.console import UsageError, load_progress, say, step_progress
 from app.engine.metadata import Provenance
 from app.engine.packing import STRIP_THREADS, Packing, pack_picture
 from app.main import BUNDLED_NOTE

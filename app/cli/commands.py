@@ -7,6 +7,7 @@ other failure; errors are one plain message on standard error.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import UsageError
+from app.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from fluxcore.version import __version__
 
 if TYPE_CHECKING:
     from app.settings import LoadedSettings
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+
+# The settings know them as none of theirs.
+SERVER_VARIABLE = "FLUXD_SERVER"
+KEY_VARIABLE = "FLUXD_KEY"
 
 cli = typer.Typer(
     name="fluxd",
     help="Local image generation with FLUX.2 [klein].",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Square brackets in texts are not markup.
@@ -56,6 +57,30 @@ LogLevel = Annotated[
     str | None,
     typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        envvar=SERVER_VARIABLE,
+        help="Draw with the service at this address, not in this process.",
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="KEY", envvar=KEY_VARIABLE, help="The API key for --server."),
+]
+ShowSteps = Annotated[
+    bool, typer.Option("--show-steps", help="Show the steps on the terminal as they come.")
+]
+Graphics = Annotated[
+    str | None,
+    typer.Option(
+        "--graphics",
+        metavar="FORM",
+        help="How to show pictures: auto, kitty, iterm2, sixel or blocks. Default: auto.",
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
@@ -72,8 +97,17 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@cli.callback()
+@cli.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
+    server: Server = None,
+    key: Key = None,
+    show_steps: ShowSteps = False,
+    graphics: Graphics = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
     _version: Annotated[
         bool,
         typer.Option(
@@ -81,7 +115,28 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Local image generation with FLUX.2 [klein]."""
+    """Local image generation with FLUX.2 [klein].
+
+    Without a command, on a terminal: draws what is typed, line by line.
+    """
+    with plain_errors():
+        if context.invoked_subcommand is not None:
+            _refuse_options_before(context, context.invoked_subcommand)
+            return
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            typer.echo(context.get_help(), err=True)
+            raise typer.Exit(EXIT_USAGE)
+        loaded = _load_drawing(server, model, device, dtype, config)
+
+        from app.cli.prompt import interact
+
+        interact(
+            loaded.values,
+            server=server,
+            key=key,
+            graphics=graphics or "auto",
+            shows_steps=show_steps,
+        )
 
 
 @cli.command()
@@ -107,9 +162,14 @@ def serve(
         }
         loaded = _load(given, config, assignments)
 
+        from app.cli.startup import startup_watch
         from app.main import serve_checkpoint
 
-        status = serve_checkpoint(loaded.values)
+        with startup_watch() as watch:
+            if watch is None:
+                status = serve_checkpoint(loaded.values)
+            else:
+                status = serve_checkpoint(loaded.values, watch.log, watch.follow)
     raise typer.Exit(status)
 
 
@@ -169,13 +229,21 @@ def generate(
     ] = None,
     strength: Annotated[float, typer.Option(help="With a mask: above 0 to 1.")] = 1.0,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 90,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show the pictures on the terminal.")
+    ] = False,
+    show_steps: ShowSteps = False,
+    graphics: Graphics = None,
+    server: Server = None,
+    key: Key = None,
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
 ) -> None:
-    """Draw pictures in this process and write them to files."""
+    """Draw pictures, in this process or with a service, and write them to files."""
     with plain_errors():
-        loaded = _load({"model": model, "device": device, "dtype": dtype}, config, None)
+        loaded = _load_drawing(server, model, device, dtype, config)
+        is_shown = show or show_steps or graphics is not None
 
         from app.cli.one_shot import Wanted, draw
 
@@ -198,6 +266,10 @@ def generate(
                 references=tuple(image or ()),
                 mask=mask,
                 quality=quality,
+                server=server,
+                key=key,
+                graphics=(graphics or "auto") if is_shown else None,
+                shows_steps=show_steps,
             ),
             loaded.values,
         )
@@ -278,7 +350,7 @@ def random_checkpoint(
 ) -> None:
     """Write a checkpoint of random weights, to try the service or a machine."""
     with plain_errors():
-        from app.cli.terminal import byte_progress
+        from app.cli.console import byte_progress
         from fluxcore.weights.random_checkpoint import write_random_checkpoint
 
         with byte_progress("writing") as progress:
@@ -302,8 +374,6 @@ def hash_key(
 ) -> None:
     """Make an API key, and the line with its hash for the settings."""
     with plain_errors():
-        import sys
-
         from app.keys import ApiKey, check_key, digest_of, new_key
 
         key = sys.stdin.readline().strip() if from_stdin else new_key()
@@ -322,17 +392,34 @@ def hash_key(
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn expected failures into one message and an exit status."""
+    try:
+        yield
+    except UsageError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        _fail(error, status)
+
+
+def _status_of(error: Exception) -> int | None:
+    """The exit status for a failure that is expected; None for any other."""
+    from app.cli.drawing import DrawingError
+    from app.errors import InvalidRequestError, ServiceError
     from app.settings import SettingsError
     from fluxcore.errors import FluxError, InvalidParamsError
 
-    try:
-        yield
-    except (UsageError, SettingsError, InvalidParamsError) as error:
-        _fail(error, EXIT_USAGE)
-    except (FluxError, OSError) as error:
-        _fail(error, EXIT_FAILURE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
+    match error:
+        case SettingsError() | InvalidParamsError() | InvalidRequestError():
+            return EXIT_USAGE
+        case DrawingError():
+            return EXIT_USAGE if error.is_wrong_order else EXIT_FAILURE
+        case FluxError() | ServiceError() | OSError():
+            return EXIT_FAILURE
+    return None
 
 
 def main() -> None:
@@ -343,6 +430,34 @@ def main() -> None:
 def _fail(message: object, status: int) -> None:
     typer.echo(f"fluxd: {message}", err=True)
     raise typer.Exit(status)
+
+
+def _refuse_options_before(context: typer.Context, command: str) -> None:
+    """Options before a command are for no command, and would be ignored."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"{parameter.opts[0]} before {command!r} has no effect; give it after the command"
+            )
+
+
+def _load_drawing(
+    server: str | None,
+    model: Path | None,
+    device: str | None,
+    dtype: str | None,
+    config: Path | None,
+) -> LoadedSettings:
+    """The settings for a command that draws, here or elsewhere."""
+    given = {"model": model, "device": device, "dtype": dtype}
+    for name, value in given.items():
+        if server is not None and value is not None:
+            raise UsageError(
+                f"--{name} is for drawing in this process; leave it or --server (or "
+                f"{SERVER_VARIABLE}) out"
+            )
+    return _load(given, config, None)
 
 
 def _load(

@@ -1,12 +1,12 @@
-"""``fluxd generate``: load, draw, write files, say how long it took.
+"""``fluxd generate``: draw, write files, show them, say how long it took.
 
 Everything that can be wrong with the request is found before the model is loaded.
 """
 
 from __future__ import annotations
 
+import io
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from app.cli.terminal import UsageError, load_progress, say, step_progress
-from app.engine.contract import LoadStep, Pipeline, Result
-from app.engine.metadata import provenance
-from app.engine.packing import Packing, PictureFormat, pack_picture
+from app.cli.console import UsageError, progress_bar, say
+from app.cli.drawing import MOST_PREVIEWS, Drawn, Order, open_artist
+from app.cli.onlooker import Onlooker
+from app.cli.terminal import Screen, open_screen
+from app.engine.packing import PackedPicture, Packing, PictureFormat
 from app.engine.pictures import PictureError, read_mask, read_picture
-from app.main import BUNDLED_NOTE, pipeline_loader
 from app.settings import Settings
 from app.telemetry import configure_logging
-from fluxcore.params import GenerationParams
+from fluxcore.params import MAX_REFERENCES, GenerationParams
 
 STANDARD = "-"
 FORMAT_OF_SUFFIX: dict[str, PictureFormat] = {
@@ -35,7 +35,14 @@ FORMAT_OF_SUFFIX: dict[str, PictureFormat] = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The command's arguments. ``params`` are fields of ``GenerationParams``."""
+    """The command's arguments.
+
+    Attributes:
+        params: fields of ``GenerationParams``.
+        server: address of a service; None draws in this process.
+        graphics: how to show pictures on the terminal; None shows none.
+        shows_steps: show what is coming, too.
+    """
 
     prompt: str
     output: str
@@ -43,6 +50,10 @@ class Wanted:
     references: tuple[Path, ...]
     mask: Path | None
     quality: int
+    server: str | None
+    key: str | None
+    graphics: str | None
+    shows_steps: bool
 
 
 def draw(wanted: Wanted, settings: Settings) -> None:
@@ -50,56 +61,85 @@ def draw(wanted: Wanted, settings: Settings) -> None:
 
     Raises:
         UsageError, InvalidParamsError: the request cannot work.
-        FluxError, OSError: loading, drawing or writing failed.
+        FluxError, ServiceError, DrawingError, OSError: loading, drawing or writing failed.
     """
     configure_logging("error" if settings.log_level == "error" else "warning", settings.log_format)
-    params = _params(wanted, settings)
-    packing = Packing(_output_format(wanted.output, params.n), wanted.quality)
-    if settings.model is None:
-        say(BUNDLED_NOTE)
-    started_s = time.monotonic()
-    pipeline = _load(settings.model, settings)
-    load_ms = (time.monotonic() - started_s) * 1000
-    result = _run(pipeline, params)
-    pack_started_s = time.monotonic()
-    packed = [
-        pack_picture(image, packing, provenance(params, result.params, seed, pipeline.info.name))
-        for image, seed in zip(result.images, result.seeds, strict=True)
-    ]
-    pack_ms = (time.monotonic() - pack_started_s) * 1000
-    for path, picture in zip(_paths(wanted.output, params.n), packed, strict=True):
+    order = _order(wanted, settings)
+    screen = None if wanted.graphics is None else _screen(wanted)
+    with open_artist(settings, wanted.server, wanted.key, is_warmed=False) as artist:
+        if artist.note is not None:
+            say(artist.note)
+        with progress_bar() as bar:
+            onlooker = Onlooker(bar, screen)
+            drawn = artist.draw(order, onlooker)
+        _deliver(drawn, wanted.output, onlooker)
+        load_ms = artist.load_ms
+    for warning in drawn.warnings:
+        say(f"warning: {warning}")
+    timings = {**({} if load_ms is None else {"load": load_ms}), **drawn.timings_ms}
+    say("  ".join(f"{name} {ms:.0f} ms" for name, ms in timings.items()))
+
+
+def _deliver(drawn: Drawn, output: str, onlooker: Onlooker) -> None:
+    """Write every picture before any is shown: a terminal may fail, too."""
+    paths = _paths(output, len(drawn.pictures))
+    for path, picture in zip(paths, drawn.pictures, strict=True):
         if path is None:
             sys.stdout.buffer.write(picture.data)
             sys.stdout.buffer.flush()
         else:
             path.write_bytes(picture.data)
-        size = f"{picture.width}x{picture.height}"
-        say(f"{path or 'standard output'}  {size}  seed {picture.seed}")
-    for warning in result.warnings:
-        say(f"warning: {warning}")
-    timings = {"load": load_ms, **result.timings, "pack": pack_ms}
-    say("  ".join(f"{name} {ms:.0f} ms" for name, ms in timings.items()))
+    for path, picture in zip(paths, drawn.pictures, strict=True):
+        onlooker.picture(Image.open(io.BytesIO(picture.data)))
+        say(f"{path or 'standard output'}  {_described(picture)}")
 
 
-def _params(wanted: Wanted, settings: Settings) -> GenerationParams:
-    prompt = sys.stdin.read().strip() if wanted.prompt == STANDARD else wanted.prompt
+def _described(picture: PackedPicture) -> str:
+    return f"{picture.width}x{picture.height}  seed {picture.seed}"
+
+
+def _screen(wanted: Wanted) -> Screen:
+    assert wanted.graphics is not None, "asked for only where pictures are to be shown"
+    screen = open_screen(wanted.graphics)
+    if screen.is_standard_output and wanted.output == STANDARD:
+        raise UsageError(
+            "standard output cannot take the file and show the picture; give -o a file name"
+        )
+    if screen.note is not None:
+        say(screen.note)
+    return screen
+
+
+def _order(wanted: Wanted, settings: Settings) -> Order:
     given = {name: value for name, value in wanted.params.items() if value is not None}
+    packing = Packing(_output_format(wanted.output, given.get("n", 1)), wanted.quality)
+    prompt = sys.stdin.read().strip() if wanted.prompt == STANDARD else wanted.prompt
     for name in ("prompt", "negative_prompt"):
         text = prompt if name == "prompt" else given.get(name, "")
         if not _is_unicode(text):
             raise UsageError(f"the {name.replace('_', ' ')} is not valid UTF-8")
-    if not wanted.references:
+    if not wanted.references and wanted.server is None:
         given = {"width": settings.default_width, "height": settings.default_height, **given}
-    if len(wanted.references) > settings.max_references:
-        raise UsageError(
-            f"at most {settings.max_references} --image are allowed; got {len(wanted.references)}"
-        )
+    most = settings.max_references if wanted.server is None else MAX_REFERENCES
+    if len(wanted.references) > most:
+        raise UsageError(f"at most {most} --image are allowed; got {len(wanted.references)}")
     # What is cheap to check comes before the pictures are read.
     GenerationParams(prompt=prompt, **{**given, "strength": 1.0})
     limit = settings.max_image_pixels
-    references = tuple(_read(path, read_picture, limit) for path in wanted.references)
+    read = [_read(path, read_picture, limit) for path in wanted.references]
     mask = None if wanted.mask is None else _read(wanted.mask, read_mask, limit)
-    return GenerationParams(prompt=prompt, references=references, mask=mask, **given)
+    return Order(
+        GenerationParams(
+            prompt=prompt,
+            references=tuple(picture for picture, _ in read),
+            mask=None if mask is None else mask[0],
+            **given,
+        ),
+        reference_files=tuple(file for _, file in read),
+        mask_file=None if mask is None else mask[1],
+        packing=packing,
+        previews=MOST_PREVIEWS if wanted.shows_steps else 0,
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -107,9 +147,13 @@ def _is_unicode(text: str) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
-def _read(path: Path, read: Callable[[bytes, int], Image.Image], max_pixels: int) -> Image.Image:
+def _read(
+    path: Path, read: Callable[[bytes, int], Image.Image], max_pixels: int
+) -> tuple[Image.Image, bytes]:
+    """A picture, and the file that it came as."""
     try:
-        return read(path.read_bytes(), max_pixels)
+        file = path.read_bytes()
+        return read(file, max_pixels), file
     except PictureError as error:
         raise UsageError(f"{path} {error}") from None
     except OSError as error:
@@ -140,27 +184,3 @@ def _paths(output: str, n: int) -> Sequence[Path | None]:
     if n == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, n + 1)]
-
-
-def _load(model: Path | None, settings: Settings) -> Pipeline:
-    with load_progress() as report:
-
-        def progress(step: LoadStep) -> None:
-            report(step.done_bytes, step.total_bytes, step.component)
-
-        # Both pay off over many pictures only.
-        once = settings.model_copy(update={"compile": "off", "cuda_graphs": 0})
-        return pipeline_loader(model, once)(progress)
-
-
-def _run(pipeline: Pipeline, params: GenerationParams) -> Result:
-    slices = pipeline.run(params)
-    with step_progress() as report:
-        while True:
-            try:
-                done = next(slices)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
-            total = done.steps * params.n
-            report(done.image_index * done.steps + done.step, total, done.stage)

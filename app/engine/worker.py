@@ -154,7 +154,8 @@ class Worker:
             if self._warm_up_sizes is None:
                 side_px = self.pipeline.info.default_side_px
                 self._warm_up_sizes = ((side_px, side_px),)
-            self.pipeline.warm_up(sizes=self._warm_up_sizes, progress=self._warming)
+            if self._warm_up_sizes:
+                self.pipeline.warm_up(sizes=self._warm_up_sizes, progress=self._warming)
         except _StartupStoppedError:
             logger.info("stopped before the model was ready")
             return False

@@ -1,14 +1,20 @@
-"""README.md against the code: settings and file tree."""
+"""README.md against the code: settings, file tree, the prompt and its options."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from app.settings import Settings, toml_value
+from typer.testing import CliRunner
+
+from app.cli import cli
+from app.cli.commands import KEY_VARIABLE, SERVER_VARIABLE
+from app.cli.prompt.commands import COMMANDS
+from app.settings import CLIENT_VARIABLES, Settings, toml_value
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WITHOUT_SERVER = README.partition("\n### Without a server\n")[2].partition("\n## ")[0]
 
 
 def _rows(after: str) -> list[list[str]]:
@@ -43,3 +49,16 @@ def test_every_entry_of_the_tree_exists_and_no_module_is_left_out() -> None:
             kept = entry.suffix == ".py" or (entry.is_dir() and any(entry.glob("*.py")))
             if kept and entry.name not in ("__init__.py", "conftest.py", "__pycache__"):
                 assert f"{package}/{entry.name}" in listed, f"{entry} is missing in README's tree"
+
+
+def test_the_commands_of_the_prompt_are_listed_and_no_other() -> None:
+    assert set(re.findall(r"`!(\w+)[^`]*`", WITHOUT_SERVER)) == set(COMMANDS)
+
+
+def test_every_option_that_is_named_exists() -> None:
+    named = set(re.findall(r"--[a-z][a-z-]*", WITHOUT_SERVER))
+    shown = CliRunner().invoke(cli, ["generate", "--help"], terminal_width=200).stdout
+    assert named and all(f"{option} " in shown for option in named)
+    assert named >= {"--show", "--show-steps", "--server", "--key"}
+    assert {SERVER_VARIABLE, KEY_VARIABLE} == set(CLIENT_VARIABLES)
+    assert all(f"`{variable}`" in WITHOUT_SERVER for variable in CLIENT_VARIABLES)

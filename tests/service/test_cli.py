@@ -41,7 +41,7 @@ def model(tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> str:
         assert directory == Path("loaded")
         return lambda progress: tiny_pipeline
 
-    monkeypatch.setattr("app.cli.one_shot.pipeline_loader", loader)
+    monkeypatch.setattr("app.cli.drawing.local.pipeline_loader", loader)
     return "loaded"
 
 
@@ -122,6 +122,12 @@ def test_settings_prints_values_with_their_origin(tmp_path: Path) -> None:
         (("generate", "x", "--model", "m", "-o", "-", "--n", "2"), "one picture"),
         (("generate", "x", "--model", "m", "--image", "absent.png"), "cannot read absent.png"),
         (("generate", "x", "--model", "m", "--device", "gpu"), "should be auto, cpu"),
+        (("generate", "x", "--model", "m", "--show"), "no terminal to show pictures on"),
+        (("generate", "x", "--model", "m", "--graphics", "png"), "auto, kitty, iterm2, sixel"),
+        (("generate", "x", "-o", "-", "--graphics", "sixel"), "give -o a file name"),
+        (("generate", "x", "--server", "ftp://x"), "--server takes an address"),
+        (("generate", "x", "--server", "h", "--model", "m"), "--model is for drawing in this"),
+        (("--model", "m", "serve"), "--model before 'serve' has no effect"),
     ],
 )
 def test_wrong_usage_is_one_plain_line_and_status_2(arguments: tuple[str, ...], says: str) -> None:
@@ -132,7 +138,7 @@ def test_wrong_usage_is_one_plain_line_and_status_2(arguments: tuple[str, ...], 
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [("generate",), ("draw",), ("serve", "--prot", "1")])
+@pytest.mark.parametrize("arguments", [(), ("generate",), ("draw",), ("serve", "--prot", "1")])
 def test_usage_that_the_parser_refuses_has_status_2(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
@@ -271,4 +277,4 @@ def test_a_terminal_shows_progress_and_a_pipe_does_not(tiny_checkpoint: Path) ->
             shown += part
         os.close(ours)
         assert process.wait(60) == 0, shown
-    assert b"transformer" in shown and b"denoise" in shown and b"\x1b[" in shown
+    assert b"loading transformer" in shown and b"step 4 of 4" in shown and b"\x1b[" in shown

@@ -148,7 +148,7 @@ def test_a_warm_up_that_fails_ends_the_service(caplog: pytest.LogCaptureFixture)
         def warm_up(self, sizes: object, progress: object = None) -> None:
             raise ValueError("no kernel")
 
-    settings = settings_for_tests(port=0)
+    settings = settings_for_tests(port=0, warm_up_sizes=("64x64",))
     assert serve(settings, create_engine(settings, loader_of(Cold()))) == 1
     (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert error.getMessage() == "warming up failed"

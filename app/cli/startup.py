@@ -1,0 +1,53 @@
+"""How ``fluxd serve`` gets ready, on a terminal: a bar below its log lines."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from app.cli.console import Bar, bar_and_log
+from app.engine import Engine
+
+POLL_S = 0.1
+
+
+class StartupWatch:
+    """Follows an engine until it is ready, or will never be.
+
+    Attributes:
+        log: where log lines go meanwhile and afterwards.
+    """
+
+    def __init__(self, bar: Bar, log: TextIO) -> None:
+        self.log = log
+        self._bar = bar
+
+    def follow(self, engine: Engine) -> None:
+        """Watch an engine that has been made; returns at once."""
+        threading.Thread(target=self._run, args=(engine,), name="startup", daemon=True).start()
+
+    def _run(self, engine: Engine) -> None:
+        while (status := engine.status()).state in ("loading", "warming_up"):
+            startup = status.startup
+            if status.state == "warming_up":
+                self._bar.show("warming up")
+            elif startup.stage == "starting":
+                self._bar.show("starting")
+            else:
+                self._bar.show(f"loading {startup.stage}", startup.progress)
+            time.sleep(POLL_S)
+        self._bar.end()
+
+
+@contextmanager
+def startup_watch() -> Iterator[StartupWatch | None]:
+    """A watch over the start of a service; None where no terminal is attached."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with bar_and_log() as (bar, log):
+        yield StartupWatch(bar, log)
