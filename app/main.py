@@ -29,6 +29,7 @@ from app.api.metrics import Measured, loop_watched, metrics_routes
 from app.api.middleware import RequestContext
 from app.api.openai.models import ModelNames, model_routes
 from app.api.openai.routes import image_routes
+from app.api.page import INDEX, page_files, page_routes
 from app.api.picture_links import PictureLinks, link_routes
 from app.api.security.connection import bounded_protocol
 from app.api.security.document import describe_guard
@@ -143,7 +144,9 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.include_router(with_heads(model_routes(names)))
     app.include_router(with_heads(link_routes(links)))
     app.include_router(with_heads(job_routes(drawing, kept)))
-    app.include_router(with_heads(status_routes(engine, settings)))
+    page = page_files()
+    app.include_router(with_heads(page_routes(page)))
+    app.include_router(with_heads(status_routes(engine, settings, page[INDEX])))
     app.include_router(with_heads(metrics_routes(engine, engine.metrics, kept)))
     describe_guard(app, settings)
     return app

@@ -157,7 +157,8 @@ class GenerateRequest(BaseModel):
     previews: Whole | None = Field(
         None,
         json_schema_extra={"minimum": 0, "maximum": MAX_PREVIEWS},
-        description="With stream: pictures of what is coming, per image at most. Default: 0.",
+        description="With stream, and of jobs: pictures of what is coming, per image at most. "
+        "Default: 0.",
     )
     priority: Literal["interactive", "normal", "batch"] | None = Field(
         None, description="Who goes first when jobs wait. Default: normal."

@@ -1,4 +1,4 @@
-"""``/health``, ``/ready`` and ``/``: how the service stands.
+"""``/health``, ``/ready`` and ``/``: how the service stands, and what there is.
 
 None of them waits for the device, so they answer while a job runs.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.api.page import PageFile, wants_page
 from app.engine import Engine, EngineStatus
 from app.engine.engine import LOADING_RETRY_S
 from app.errors import EngineDeadError, NotReadyError, ServiceError, ShuttingDownError
@@ -38,8 +39,8 @@ ROUTES = {
 }
 
 
-def status_routes(engine: Engine, settings: Settings) -> APIRouter:
-    """The routes, bound to an engine."""
+def status_routes(engine: Engine, settings: Settings, page: PageFile) -> APIRouter:
+    """The routes, bound to an engine and to the page that browsers get at ``/``."""
     router = APIRouter()
     started_s = time.monotonic()
 
@@ -50,8 +51,11 @@ def status_routes(engine: Engine, settings: Settings) -> APIRouter:
         body: dict[str, Any] = {
             "status": "ok" if status.is_alive else "failed",
             "state": status.state,
+            "stage": status.startup.stage,
+            "progress": round(status.startup.progress, 4),
             "model": status.model,
             "bundled": status.is_bundled,
+            "defaults": _defaults(status, settings),
             "device": status.device,
             "version": __version__,
             "uptime_s": round(time.monotonic() - started_s, 3),
@@ -76,12 +80,27 @@ def status_routes(engine: Engine, settings: Settings) -> APIRouter:
             return JSONResponse(body)
         return _unavailable(_why_not(status, settings), body)
 
-    @router.get("/")
-    async def index() -> JSONResponse:
-        """What there is."""
-        return JSONResponse({"name": "fluxd", "version": __version__, "routes": ROUTES})
+    @router.get("/", response_model=None)
+    async def index(request: Request) -> Response:
+        """The page, for browsers; what there is, for programs."""
+        if wants_page(request):
+            return page.answer(request)
+        routes = {"name": "fluxd", "version": __version__, "routes": ROUTES}
+        return JSONResponse(routes, headers={"Vary": "Accept"})
 
     return router
+
+
+def _defaults(status: EngineStatus, settings: Settings) -> dict[str, Any] | None:
+    """What a request that leaves it open gets; no references, which have sizes of their own."""
+    if status.defaults is None:
+        return None
+    return {
+        "width": settings.default_width or status.defaults.side_px,
+        "height": settings.default_height or status.defaults.side_px,
+        "steps": status.defaults.steps,
+        "guidance": status.defaults.guidance,
+    }
 
 
 def _why_not(status: EngineStatus, settings: Settings) -> ServiceError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from app import telemetry
 from app.engine.admission import Limits
-from app.engine.contract import Cache, Loader, Pipeline, Resolved, Result
+from app.engine.contract import Cache, Loader, Model, Pipeline, Resolved, Result
 from app.engine.events import Preview
 from app.engine.flight import FlightTimes, PreviewPicture
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, JobOutcome
@@ -51,6 +51,20 @@ Shape = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What the loaded model draws with where a request leaves it open.
+
+    Attributes:
+        side_px: width and height.
+        guidance: None where the model takes none.
+    """
+
+    side_px: int
+    steps: int
+    guidance: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A snapshot for health and readiness.
 
@@ -61,6 +75,7 @@ class EngineStatus:
         startup: how far getting ready has come.
         model: its name; None while loading.
         is_bundled: whether it is the one that ships with the package; None while loading.
+        defaults: None while loading.
         device: what the runtime says of itself; empty while loading.
     """
 
@@ -70,6 +85,7 @@ class EngineStatus:
     startup: Startup
     model: str | None
     is_bundled: bool | None
+    defaults: ModelDefaults | None
     device: dict[str, str]
     queue_depth: int
     running: int
@@ -227,6 +243,7 @@ class Engine:
             startup=worker.startup,
             model=None if pipeline is None else pipeline.info.name,
             is_bundled=None if pipeline is None else pipeline.info.is_bundled,
+            defaults=None if pipeline is None else _defaults_of(pipeline.info),
             device={} if pipeline is None else pipeline.runtime.describe(),
             queue_depth=self._scheduler.depth,
             running=len(self._scheduler.active),
@@ -429,6 +446,10 @@ class Engine:
     def _model_name(self) -> str:
         assert self._worker.pipeline is not None, "jobs run on a loaded pipeline"
         return self._worker.pipeline.info.name
+
+
+def _defaults_of(model: Model) -> ModelDefaults:
+    return ModelDefaults(model.default_side_px, model.default_steps, model.default_guidance)
 
 
 def _log_failure(preview: Future[None]) -> None:

@@ -30,6 +30,8 @@ class FakeModel:
     name: str = "fake-model"
     is_bundled: bool = False
     default_side_px: int = 64
+    default_steps: int = 4
+    default_guidance: float | None = None
 
 
 @dataclass

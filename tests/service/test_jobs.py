@@ -142,6 +142,23 @@ def test_priority_previews_and_time_limit_hold_for_jobs(start_live: StartLive, d
         assert "above 0 to 604800" in error_of(refused)["message"]
 
 
+def test_previews_are_among_a_jobs_events(start_live: StartLive, data: str) -> None:
+    live = start_live(settings={"data_dir": data})
+    live.pipeline.close_gate()
+    told: list[str] = []
+    with live.client() as client:
+        job = accept(client, "seen coming", previews=2, steps=6)
+        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+            for line in events.iter_lines():
+                live.pipeline.gate.set()
+                told.append(line)
+    names = [line.removeprefix("event: ") for line in told if line.startswith("event: ")]
+    assert names.count("preview") == 2 and names[-1] == "completed"
+    shown = json.loads(told[told.index("event: preview") + 1].removeprefix("data: "))
+    assert (shown["step"], shown["format"], shown["image_index"]) == (2, "png", 0)
+    assert base64.b64decode(shown["b64"]).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import log_refusal, render
+from app.api.page import PAGE_PREFIX
 from app.api.security.bodies import BodySpace, BoundedBody
 from app.api.security.hosts import HostRules
 from app.api.security.origins import (
@@ -159,7 +160,7 @@ class Guard:
 
 def is_public(path: str) -> bool:
     """Whether no key is asked for."""
-    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES)
+    return path in PUBLIC_PATHS or path.startswith((*PUBLIC_FILES, PAGE_PREFIX))
 
 
 def _sent_key(headers: Headers) -> str | None:
