@@ -6,6 +6,7 @@ Owns nothing but the order in which the parts are made, started and ended.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -71,7 +72,7 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
     def load(progress: Callable[[LoadStep], None]) -> Pipeline:
         from fluxcore import FluxPipeline
 
-        return FluxPipeline.load(
+        pipeline = FluxPipeline.load(
             model,
             device=settings.device,
             dtype=settings.dtype,
@@ -86,6 +87,11 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
             compiled_store=settings.compiled_store_path,
             cuda_graphs=settings.cuda_graphs,
         )
+        # What is here now stays: the frameworks' hundreds of thousands of objects. To look
+        # through them for garbage stops all threads for 0.2 s, the event loop's among them.
+        gc.collect()
+        gc.freeze()
+        return pipeline
 
     return load
 

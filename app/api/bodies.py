@@ -60,6 +60,10 @@ class Form:
     unknown_files: list[str] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
 
+    def drop_pictures(self) -> None:
+        """They are decoded; what came need not be held while the job waits."""
+        self.references, self.mask = [], None
+
 
 def media_type(request: Request) -> str:
     """The body's media type, without its parameters."""
@@ -98,13 +102,18 @@ def is_form(request: Request) -> bool:
     return kind == FORM_TYPE
 
 
+async def read_body(request: Request) -> bytes:
+    """The whole body, which the request does not keep: its job may wait for long."""
+    return b"".join([part async for part in request.stream()])
+
+
 async def read_json(request: Request, model: type[Model]) -> Model:
     """A JSON body, checked.
 
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
-    body = await request.body()
+    body = await read_body(request)
     if len(body) <= SMALL_BODY_BYTES:
         return parse_json(body, model)
     return await anyio.to_thread.run_sync(parse_json, body, model)

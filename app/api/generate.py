@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from urllib.parse import quote
 
-import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from app.api.bodies import JSON_TYPE
@@ -16,10 +15,11 @@ from app.api.documents import (
     errors,
     pictures_content,
 )
-from app.api.drawing import Drawing
+from app.api.drawing import Drawing, written
 from app.api.event_stream import EVENTS_TYPE
 from app.api.generate_events import GenerateNarrator
 from app.api.negotiation import DEFAULT_FORMAT, AnswerKind, choose_answer
+from app.api.request_routes import RequestRoute
 from app.api.schemas import (
     GenerateRequest,
     GenerateResponse,
@@ -31,6 +31,7 @@ from app.api.schemas import (
     read_generate,
     response_of,
     with_pictures,
+    without_pictures,
 )
 from app.engine import JobOutcome
 from app.errors import InvalidRequestError
@@ -41,7 +42,7 @@ _HEADER_SAFE = " !#$&'()*+,/:;=?@[]~"
 
 def generate_routes(drawing: Drawing) -> APIRouter:
     """The route, bound to an engine."""
-    router = APIRouter()
+    router = APIRouter(route_class=RequestRoute)
     longest_s = drawing.settings.request_timeout_s
 
     @router.post(
@@ -77,6 +78,7 @@ def generate_routes(drawing: Drawing) -> APIRouter:
         options = options_of(asked, longest_s)
         pictures = await drawing.pictures(request, asked.images or (), asked.mask)
         params = with_pictures(params, asked, pictures)
+        asked = without_pictures(asked)
         job = drawing.submit(request, params, packing_of(asked, kind.format), options)
         if asked.stream:
             return drawing.stream(job, GenerateNarrator(asked, job))
@@ -90,7 +92,7 @@ def generate_routes(drawing: Drawing) -> APIRouter:
             answer = response_of(outcome, job.params, warnings, job.request_id, created_s)
             return answer.model_dump_json().encode()
 
-        return Response(await anyio.to_thread.run_sync(body), media_type=JSON_TYPE)
+        return Response(await written(outcome, body), media_type=JSON_TYPE)
 
     return router
 

@@ -18,7 +18,15 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
-from app.api.bodies import SMALL_BODY_BYTES, Form, Whole, is_form, parse_fields, read_form
+from app.api.bodies import (
+    SMALL_BODY_BYTES,
+    Form,
+    Whole,
+    is_form,
+    parse_fields,
+    read_body,
+    read_form,
+)
 from app.api.documents import (
     FILE_SCHEMA,
     FILES_SCHEMA,
@@ -250,7 +258,7 @@ async def read_generate(request: Request, settings: Settings, model: type[Asked]
     """
     if is_form(request):
         return from_form(await read_form(request, settings.max_body_bytes), model)
-    body = await request.body()
+    body = await read_body(request)
     if len(body) <= SMALL_BODY_BYTES:
         return parse_generate(body, model)
     return await anyio.to_thread.run_sync(parse_generate, body, model)
@@ -427,9 +435,16 @@ def with_pictures(
             f"{sized_by} does not go with a mask: the picture keeps the size of the first image",
             param=sized_by,
         )
+    if not pictures.references and pictures.mask is None and strength == params.strength:
+        return params
     return dataclasses.replace(
         params, references=pictures.references, mask=pictures.mask, strength=strength
     )
+
+
+def without_pictures(asked: GenerateRequest) -> GenerateRequest:
+    """The request once its pictures are decoded: what came need not be held any longer."""
+    return asked.model_copy(update={"images": None, "mask": None})
 
 
 def packing_of(asked: GenerateRequest, picture_format: PictureFormat) -> Packing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from concurrent.futures import Future
 
 from starlette.requests import Request
 
@@ -20,13 +20,24 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         JobTimeoutError: it took too long; the job is cancelled.
         ServiceError: whatever the job failed with.
     """
-    answer = asyncio.wrap_future(job.future)
+    loop = asyncio.get_running_loop()
+    news = asyncio.Event()
+
+    def tell(_: Future[JobOutcome]) -> None:
+        # The job may outlive whoever waits for it.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(news.set)
+
+    # Not wrapped as a future of the loop's and waited for: each hand-over costs the loop a round.
+    job.future.add_done_callback(tell)
     left = asyncio.create_task(_client_left(request))
+    left.add_done_callback(lambda _: news.set())
     try:
-        first: set[asyncio.Future[Any]] = {answer, left}
-        await asyncio.wait(first, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await news.wait()
+        if job.is_settled:
+            return job.future.result()
         if left.done():
             raise left_error()
         raise timeout_error(timeout_s)
@@ -39,9 +50,6 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         raise
     finally:
         left.cancel()
-        answer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await left
 
 
 def left_error() -> ClientLeftError:

@@ -414,12 +414,13 @@ class Engine:
 
         def note() -> None:
             # Noted first, so that it is there when the client has its answer.
-            telemetry.log_event(logger, logging.INFO, "job done", fields)
             self.metrics.completed(len(pictures), timings_ms)
             times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
             job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
 
-        job.complete(outcome, note)
+        if job.complete(outcome, note):
+            # Last: writing it takes a while, and the client waits no more.
+            telemetry.log_event(logger, logging.INFO, "job done", fields)
 
     def _failed(self, job: Job, error: ServiceError) -> None:
         def note() -> None:

@@ -115,6 +115,8 @@ class Policy:
         self._oldest = min((*startable, *active), key=lambda entry: entry.sequence, default=None)
         if self._oldest is None:
             return None
+        if len(startable) + len(active) == 1:
+            return self._oldest
         if self._claim_s >= self.costs.estimate_s(self._oldest.left.next_unit):
             return self._oldest
         running = min(active, key=lambda entry: self.key(entry, now_s), default=None)

@@ -6,6 +6,7 @@ Holds for any weights; what the trained ones draw is tested in tests/demo.
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import signal
 import subprocess
@@ -36,6 +37,11 @@ def client() -> Iterator[TestClient]:
     with TestClient(app, base_url="http://127.0.0.1") as client:
         wait_until(lambda: engine.status().is_ready)
         yield client
+
+
+def test_garbage_is_not_sought_among_the_frameworks(client: TestClient) -> None:
+    # Else all threads stand still for 0.2 s now and then.
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_health_and_answers_name_it(client: TestClient) -> None:

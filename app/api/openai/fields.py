@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from app.api.bodies import Whole
+from app.api.bodies import Form, Source, Whole
 from app.api.documents import (
     PICTURE_SCHEMA,
     SIDE_SCHEMA,
@@ -172,16 +172,20 @@ class EditRequest(EditForm):
         "parts are drawn again.",
     )
 
-    def sources(self) -> tuple[list[str], str | None]:
-        """The references and the mask.
+    def parted(self) -> tuple[EditRequest, Form]:
+        """The request without its pictures, and these.
 
         Raises:
             InvalidRequestError: one of them holds no picture.
         """
         given = self.images or self.image or []
         pictures = given if isinstance(given, list) else [given]
-        references = [_source(item, f"images[{i}]") for i, item in enumerate(pictures)]
-        return references, None if self.mask is None else _source(self.mask, "mask")
+        references: list[Source] = [
+            _source(item, f"images[{i}]") for i, item in enumerate(pictures)
+        ]
+        mask = None if self.mask is None else _source(self.mask, "mask")
+        rest = self.model_copy(update={"images": None, "image": None, "mask": None})
+        return rest, Form(references=references, mask=mask)
 
 
 class VariationForm(ImagesRequest):

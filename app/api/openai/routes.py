@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from app.api.bodies import (
     JSON_TYPE,
-    Source,
+    Form,
     check_form,
     check_json,
     is_form,
@@ -31,7 +30,7 @@ from app.api.documents import (
     json_body,
     json_or_form_body,
 )
-from app.api.drawing import Drawing
+from app.api.drawing import Drawing, written
 from app.api.event_stream import EVENTS_TYPE
 from app.api.openai.answers import ImagesAnswer, images_json
 from app.api.openai.events import ImageNarrator, Kind
@@ -39,13 +38,14 @@ from app.api.openai.fields import EditForm, EditRequest, ImagesRequest, Variatio
 from app.api.openai.models import ModelNames
 from app.api.openai.reading import read_fields, with_pictures
 from app.api.picture_links import PictureLinks, address_of
+from app.api.request_routes import RequestRoute
 from app.engine import JobOptions
 from app.errors import InvalidRequestError, MissingParameterError
 
 
 def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> APIRouter:
     """The routes, bound to an engine."""
-    router = APIRouter()
+    router = APIRouter(route_class=RequestRoute)
 
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt.
@@ -58,6 +58,7 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         return await draw(
             request,
             await read_json(request, ImagesRequest),
+            Form(),
             kind="image_generation",
             needs_picture=False,
         )
@@ -70,11 +71,9 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         """
         if is_form(request):
             form = await read_form(request, drawing.settings.max_body_bytes)
-            fields = parse_fields(form, EditForm)
-            return await draw(request, fields, form.references, form.mask)
-        asked = await read_json(request, EditRequest)
-        references, mask = asked.sources()
-        return await draw(request, asked, references, mask, name="images")
+            return await draw(request, parse_fields(form, EditForm), form)
+        asked, form = (await read_json(request, EditRequest)).parted()
+        return await draw(request, asked, form, name="images")
 
     async def variations(request: Request) -> Response:
         """Draw pictures that are like one: an edit with a prompt of the service's own."""
@@ -82,14 +81,12 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         form = await read_form(request, drawing.settings.max_body_bytes)
         if form.mask is not None:
             raise InvalidRequestError("a variation takes no mask; use edits", param="mask")
-        fields = parse_fields(form, VariationForm)
-        return await draw(request, fields, form.references)
+        return await draw(request, parse_fields(form, VariationForm), form)
 
     async def draw(
         request: Request,
         asked: ImagesRequest,
-        references: Sequence[Source] = (),
-        mask: Source | None = None,
+        form: Form,
         *,
         kind: Kind = "image_edit",
         name: str = "image",
@@ -97,10 +94,11 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
     ) -> Response:
         names.check(asked.model)
         drawn = read_fields(asked, drawing.settings, has_pictures=needs_picture)
-        if needs_picture and not references:
+        if needs_picture and not form.references:
             raise MissingParameterError("image is required: PNG, JPEG or WebP", param="image")
-        pictures = await drawing.pictures(request, references, mask, name)
-        if mask is None:
+        pictures = await drawing.pictures(request, form.references, form.mask, name)
+        form.drop_pictures()
+        if pictures.mask is None:
             params = with_pictures(drawn, pictures, name)
         else:
             params = await anyio.to_thread.run_sync(with_pictures, drawn, pictures, name)
@@ -110,20 +108,20 @@ def image_routes(drawing: Drawing, links: PictureLinks, names: ModelNames) -> AP
         outcome = await drawing.outcome(request, job)
         addresses = None
         if asked.wants_url:
-            addresses = [address_of(request, links.keep(made)) for made in outcome.pictures]
-        content = await anyio.to_thread.run_sync(
-            functools.partial(
-                images_json,
-                outcome,
-                asked,
-                params,
-                warnings=drawn.warnings,
-                request_id=job.request_id,
-                created_s=int(time.time()),
-                addresses=addresses,
-            )
+            names_of_links = [links.keep(made) for made in outcome.pictures]
+            request.state.links = names_of_links
+            addresses = [address_of(request, name) for name in names_of_links]
+        answer = functools.partial(
+            images_json,
+            outcome,
+            asked,
+            params,
+            warnings=drawn.warnings,
+            request_id=job.request_id,
+            created_s=int(time.time()),
+            addresses=addresses,
         )
-        return Response(content, media_type=JSON_TYPE)
+        return Response(await written(outcome, answer), media_type=JSON_TYPE)
 
     edit_form = form_schema(
         EditForm, {"image": FILES_SCHEMA, "mask": FILE_SCHEMA}, required=("prompt", "image")

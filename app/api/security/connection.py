@@ -148,12 +148,30 @@ class BoundedProtocol(H11Protocol):
 
 
 class _CountedConnection(h11.Connection):
-    """Refuses a body in many tiny parts."""
+    """Refuses a body in many tiny parts, and sends an answer's head together with its body."""
 
     def __init__(self, role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(role, max_incomplete_event_size)
         self._parts = 0
         self._part_bytes = 0
+        self._head = b""
+
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
+        """What is to be written for a part of an answer.
+
+        The head waits for the first part of the body where its length is known, so that both
+        cost the system and the client one message; a stream's head goes out by itself.
+        """
+        parts = self.send_with_data_passthrough(event)
+        if parts is None:
+            return None
+        output = b"".join((self._head, *parts))
+        self._head = b""
+        if isinstance(event, h11.Response) and any(
+            n == b"content-length" for n, _ in event.headers
+        ):
+            self._head, output = output, b""
+        return output
 
     def next_event(self) -> Any:
         """The next part of what came.
