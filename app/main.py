@@ -134,8 +134,12 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
         redoc_url=None,
         redirect_slashes=False,
     )
+    links = PictureLinks(settings.picture_link_bytes, settings.picture_link_lifetime_s)
     app.add_middleware(
-        Idempotency, answers=None if kept is None else kept.answers, own_paths=(JOBS_PATH,)
+        Idempotency,
+        answers=None if kept is None else kept.answers,
+        links=links,
+        own_paths=(JOBS_PATH,),
     )
     app.add_middleware(Guard, settings=settings, metrics=engine.metrics)
     app.add_middleware(RequestContext)
@@ -143,7 +147,6 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     app.add_middleware(Measured, metrics=engine.metrics)
     install_error_handlers(app)
     drawing = Drawing(engine, settings)
-    links = PictureLinks(settings.picture_link_bytes, settings.picture_link_lifetime_s)
     names = ModelNames(engine, settings)
     app.include_router(generate_routes(drawing))
     app.include_router(image_routes(drawing, links, names))

@@ -3,7 +3,8 @@
 A plain ASGI middleware around every route that draws while its client waits. The
 first request with a key runs apart from its connection: a client that lost it repeats
 the request, and joins. Answers of status 200 are kept; an error is told to all who
-wait for it and then forgotten, so that a later repetition tries again.
+wait for it and then forgotten, so that a later repetition tries again. An answer that holds
+addresses of pictures is kept in memory, for as long as each of them can be fetched.
 
 Source: draft-ietf-httpapi-idempotency-key-header (the header, and 422 for another request).
 """
@@ -15,6 +16,8 @@ import hashlib
 import logging
 import re
 import sqlite3
+from collections import OrderedDict
+from typing import NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -22,6 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.picture_links import PictureLinks
 from app.errors import InvalidRequestError, StorageError
 from app.jobs.answers import KeptAnswer, KeptAnswers, RequestKey
 
@@ -43,16 +47,24 @@ class Idempotency:
 
     Args:
         answers: those that are kept; None where nothing is.
+        links: the pictures that answers hold addresses of; a route notes their names in
+            ``request.state.links``.
         own_paths: addresses below which routes honour the header themselves.
     """
 
     def __init__(
-        self, app: ASGIApp, answers: KeptAnswers | None, own_paths: tuple[str, ...]
+        self,
+        app: ASGIApp,
+        answers: KeptAnswers | None,
+        links: PictureLinks,
+        own_paths: tuple[str, ...],
     ) -> None:
         self._app = app
         self._answers = answers
+        self._links = links
         self._own_paths = own_paths
         self._running: dict[tuple[str, str], _FirstRequest] = {}
+        self._linked: OrderedDict[tuple[str, str], _Linked] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, or answer it with what the first one got."""
@@ -75,28 +87,66 @@ class Idempotency:
         if first is None:
             # Here before anything is waited for, so that there is never a second one.
             first = self._running[name] = _FirstRequest(key)
-            first.task = asyncio.create_task(self._run(self._answers, first, scope, body))
+            first.task = asyncio.create_task(
+                self._run(self._answers, first, scope, _receive_of(body))
+            )
+        # The first one may wait for long, and holds its pictures elsewhere.
+        del request, body
         first.key.check(key.fingerprint)
         await first.tell(send, is_replay=is_replay)
 
     async def _run(
-        self, answers: KeptAnswers, first: _FirstRequest, scope: Scope, body: bytes
+        self, answers: KeptAnswers, first: _FirstRequest, scope: Scope, receive: Receive
     ) -> None:
         """Run the first request to its end, whoever still listens, and keep its answer."""
         try:
             try:
-                kept = await _find(answers, first.key)
+                kept = self._find_linked(first.key) or await _find(answers, first.key)
                 if kept is None:
-                    await self._app(scope, _receive_of(body), first.hear)
+                    await self._app(scope, receive, first.hear)
                 else:
                     for message in _messages_of(kept):
                         await first.hear(_as_replay(message))
             finally:
                 await first.end()
             if kept is None and first.is_success:
-                await _keep(answers, first)
+                names = scope["state"].get("links")
+                if names:
+                    self._keep_linked(_Linked(first.key, first.answer(), tuple(names)))
+                else:
+                    await _keep(answers, first)
         finally:
             del self._running[first.key.client, first.key.key]
+
+    def _find_linked(self, key: RequestKey) -> KeptAnswer | None:
+        """The first answer to the request, if all that it points to is there.
+
+        Raises:
+            IdempotencyError: the key stands for another request.
+        """
+        found = self._linked.get((key.client, key.key))
+        if found is None or not self._is_whole(found):
+            return None
+        found.key.check(key.fingerprint)
+        return found.answer
+
+    def _keep_linked(self, new: _Linked) -> None:
+        """There are never more than pictures, and those are bounded; the oldest go first."""
+        self._linked[new.key.client, new.key.key] = new
+        self._linked.move_to_end((new.key.client, new.key.key))
+        while self._linked and not self._is_whole(next(iter(self._linked.values()))):
+            self._linked.popitem(last=False)
+
+    def _is_whole(self, linked: _Linked) -> bool:
+        return all(map(self._links.has, linked.names))
+
+
+class _Linked(NamedTuple):
+    """An answer that holds addresses of pictures of these names."""
+
+    key: RequestKey
+    answer: KeptAnswer
+    names: tuple[str, ...]
 
 
 class _FirstRequest:
@@ -221,11 +271,11 @@ async def _keep(answers: KeptAnswers, first: _FirstRequest) -> None:
 
 def _receive_of(body: bytes) -> Receive:
     """A connection that has sent its body and is never closed."""
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        for message in messages:
-            return message
+        if messages:
+            return messages.pop()
         await anyio.sleep_forever()
         raise AssertionError("for ever is over")
 

@@ -81,6 +81,11 @@ class PictureLinks:
             )
         return kept.data, kept.format, kept.expires_s - now_s
 
+    def has(self, name: str) -> bool:
+        """Whether a picture can be fetched."""
+        self._drop(self._clock())
+        return name in self._kept
+
     def _drop(self, now_s: float) -> None:
         """Drop what has expired, then the oldest until the rest fits."""
         while self._kept:

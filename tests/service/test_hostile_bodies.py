@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,6 +19,7 @@ from app.api.schemas import GenerateRequest, parse_generate
 from app.errors import InvalidRequestError, ServiceError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
 from fluxcore.pipeline.pictures import fit_reference
+from tests.service.conftest import Later, StartLive, encode, wait_until
 
 LIMITS = PictureLimits(max_bytes=20_000_000, max_pixels=10_000_000)
 
@@ -71,3 +75,45 @@ def test_waiting_references_hold_what_the_model_sees_and_no_more() -> None:
 def test_a_quality_without_its_leading_zero_counts() -> None:
     assert choose_answer(["image/png;q=.9, application/json;q=.1"], None).format == "png"
     assert not choose_answer(["image/png;q=.9, application/json;q=.1"], None).is_json
+
+
+LARGE = encode(Image.frombytes("RGB", (900, 900), random.Random(0).randbytes(3 * 900 * 900)))
+URL = f"data:image/png;base64,{LARGE}"
+FILE = {"image": base64.b64decode(LARGE)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", {"json": {"prompt": "x", "images": [LARGE]}}),
+        ("/v1/generate", {"data": {"prompt": "x"}, "files": FILE}),
+        ("/v1/images/edits", {"json": {"prompt": "x", "images": [{"image_url": URL}]}}),
+        ("/v1/images/edits", {"data": {"prompt": "x"}, "files": FILE}),
+        ("/v1/images/variations", {"files": FILE}),
+    ],
+    ids=["json", "form", "edit as json", "edit as form", "variation"],
+)
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}], ids=["plain", "with key"])
+def test_what_was_sent_is_not_held_while_the_job_waits(
+    start_live: StartLive, tmp_path: Path, path: str, body: Any, headers: dict[str, str]
+) -> None:
+    live = start_live(settings={"data_dir": str(tmp_path)})
+    live.pipeline.close_gate()
+
+    def holders() -> list[str]:
+        """Where memory was taken that holds a body, or a picture as it came."""
+        snapshot = tracemalloc.take_snapshot()
+        return [str(trace) for trace in snapshot.traces if trace.size > len(LARGE) // 2]
+
+    with live.client() as client:
+        request = client.build_request("POST", path, headers=headers, **body)
+        content = request.read()
+        tracemalloc.start(8)
+        try:
+            later = Later(lambda: client.send(request))
+            live.pipeline.started.wait()
+            wait_until(lambda: not holders())
+        finally:
+            tracemalloc.stop()
+            live.pipeline.gate.set()
+        assert later.answer().status_code == 200 and len(content) > len(LARGE) // 2

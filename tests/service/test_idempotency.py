@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -153,6 +154,32 @@ def test_keys_survive_a_restart(start: Start, data: str) -> None:
         pipelines.append(pipeline)
     assert answers[0].content == answers[1].content
     assert [pipeline.ran for pipeline in pipelines] == [["a fox"], []]
+
+
+def test_an_answer_is_repeated_for_as_long_as_its_pictures_can_be_fetched(
+    start: Start, data: str
+) -> None:
+    pipeline = FakePipeline()
+    # Room for one picture: the next one takes its place.
+    client = start(pipeline, data_dir=data, picture_link_bytes=1)
+
+    def ask(key: str, prompt: str) -> httpx2.Response:
+        body = {"prompt": prompt, "response_format": "url"}
+        headers = {"Idempotency-Key": key}
+        return client.post("/v1/images/generations", json=body, headers=headers)
+
+    first, again = ask("k", "a fox"), ask("k", "a fox")
+    assert again.content == first.content and again.headers[REPLAYED] == "true"
+    assert ask("k", "a crow").status_code == 422
+    assert pipeline.ran == ["a fox"]
+    ask("other", "a crow")
+    url = first.json()["data"][0]["url"]
+    assert client.get(urlsplit(url).path).status_code == 404
+    anew = ask("k", "a fox")
+    assert REPLAYED not in anew.headers
+    assert client.get(urlsplit(anew.json()["data"][0]["url"]).path).status_code == 200
+    assert pipeline.ran == ["a fox", "a crow", "a fox"]
+    assert ask("k", "a fox").content == anew.content
 
 
 @pytest.mark.parametrize("prompt", ["oom", "fail", "unfit"])
