@@ -34,6 +34,7 @@ def _fuzz(directory: Path, *options: str, timeout_s: float) -> None:
                 "--checks=all",
                 "--exclude-checks=use_after_free",
                 f"--request-timeout={REQUEST_TIMEOUT_S}",
+                f"--max-response-time={REQUEST_TIMEOUT_S}",
                 f"--seed={SEED}",
                 "--warnings=off",
                 # On a busy machine, that generating is slow says nothing about the service.
