@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ADDRESS = "http://127.0.0.1:7861"
 MODEL = "path/to/FLUX.2-klein-4B"
+PATIENCE_S = 240.0
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 
 
@@ -65,7 +66,7 @@ def make_picture(directory: Path) -> bytes:
 
 
 def run(
-    command: list[str], directory: Path, timeout_s: float = 100
+    command: list[str], directory: Path, timeout_s: float = PATIENCE_S
 ) -> subprocess.CompletedProcess[str]:
     """Run it as its reader would, with this environment's programs; it must succeed."""
     programs = str(Path(sys.executable).parent)

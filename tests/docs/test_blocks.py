@@ -20,6 +20,7 @@ from tests.docs.blocks import (
     ADDRESS,
     BLOCKS,
     MODEL,
+    PATIENCE_S,
     ROOT,
     Block,
     check_picture,
@@ -29,6 +30,9 @@ from tests.docs.blocks import (
 )
 from tests.docs.served import Served, serve
 from tests.service.openai.test_node_sdk import CLIENT, node
+
+# Programs that draw, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(PATIENCE_S + 30)
 
 SHELL = in_language("sh")
 MAKE = [block for block in SHELL if re.match(r"make ", block.text)]
