@@ -83,7 +83,7 @@ def test_a_command_works(block: Block, tiny_checkpoint: Path, tmp_path: Path) ->
     make_picture(tmp_path)
     text = block.text.replace(MODEL, str(tiny_checkpoint))
     run(["bash", "-euo", "pipefail", "-c", text], tmp_path)
-    for written in re.findall(r"-o (\S+\.png)", block.text):
+    for written in re.findall(r"(?:-o|>) (\S+\.png)", block.text):
         check_picture(tmp_path / written)
 
 
