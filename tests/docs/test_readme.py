@@ -14,7 +14,7 @@ from app.settings import CLIENT_VARIABLES, Settings, toml_value
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITHOUT_SERVER = README.partition("\n### Without a server\n")[2].partition("\n## ")[0]
+IN_THE_TERMINAL = README.partition("\n### In the terminal\n")[2].partition("\n## ")[0]
 
 
 def _rows(after: str) -> list[list[str]]:
@@ -52,13 +52,13 @@ def test_every_entry_of_the_tree_exists_and_no_module_is_left_out() -> None:
 
 
 def test_the_commands_of_the_prompt_are_listed_and_no_other() -> None:
-    assert set(re.findall(r"`!(\w+)[^`]*`", WITHOUT_SERVER)) == set(COMMANDS)
+    assert set(re.findall(r"`!(\w+)[^`]*`", IN_THE_TERMINAL)) == set(COMMANDS)
 
 
 def test_every_option_that_is_named_exists() -> None:
-    named = set(re.findall(r"--[a-z][a-z-]*", WITHOUT_SERVER))
+    named = set(re.findall(r"--[a-z][a-z-]*", IN_THE_TERMINAL))
     shown = CliRunner().invoke(cli, ["generate", "--help"], terminal_width=200).stdout
     assert named and all(f"{option} " in shown for option in named)
     assert named >= {"--show", "--show-steps", "--server", "--key"}
     assert {SERVER_VARIABLE, KEY_VARIABLE} == set(CLIENT_VARIABLES)
-    assert all(f"`{variable}`" in WITHOUT_SERVER for variable in CLIENT_VARIABLES)
+    assert all(f"`{variable}`" in IN_THE_TERMINAL for variable in CLIENT_VARIABLES)
