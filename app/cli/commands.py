@@ -339,6 +339,18 @@ def bench(
         measuring.bench(asked, flags, config)
 
 
+@cli.command()
+def doctor(model: Model = None, device: Device = None, config: Config = None) -> None:
+    """Check that this machine computes what it should; print what to report."""
+    with plain_errors():
+        values = _load({"model": model, "device": device}, config, None).values
+
+        from app.cli.doctor import examine
+
+        is_sound = examine(values.device, values.model)
+    raise typer.Exit(0 if is_sound else EXIT_FAILURE)
+
+
 @cli.command("random-checkpoint")
 def random_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Must not exist yet, or be empty.")],

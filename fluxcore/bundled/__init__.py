@@ -11,6 +11,11 @@ from pathlib import Path
 
 BUNDLED_NAME = "fluxd-demo"
 
+KNOWN_PROMPT = "a large yellow star on a gradient from purple to orange"
+KNOWN_SEED = 42
+KNOWN_PICTURE = Path(str(files(__name__) / "known-picture.png"))
+"""What the bundled model draws from these, in float32 on a CPU and its default size."""
+
 
 def bundled_model() -> Path:
     """The checkpoint directory of the bundled model."""
