@@ -117,7 +117,8 @@ def test_a_model_that_a_dtype_draws_wrong_is_found(
 def test_the_bundled_model_draws_the_known_picture_and_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert doctor.known_picture("cpu").status is Status.OK
+    sound = doctor.known_picture("cpu")
+    assert sound.status is Status.OK, f"new weights? python -m demo.known_picture ({sound.detail})"
     decode = FluxPipeline.decode
 
     def shifted(self: FluxPipeline, *args: Any) -> Image.Image:
