@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
 import pytest
+from jsonschema_rs import Draft202012Validator
+from PIL import Image
 
 from app.keys import ApiKey, digest_of, new_key
-from tests.service.conftest import Start
+from tests.service.conftest import Start, encode
 
+PICTURE = encode(Image.new("RGB", (64, 64)))
 ENTRY = ApiKey("alice", digest_of(new_key())).entry
 
 
@@ -40,6 +46,27 @@ def test_a_wrong_method_is_told_all_right_ones(start: Start) -> None:
         allowed = {method.strip().lower() for method in answer.headers["allow"].split(",")}
         assert set(operations) <= allowed <= {*operations, "head"}, path
         assert answer.headers["allow"] in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\x0c", "\x1e\x1e", "\x85\u3000", "\ufeff", "\x00", "\u200b", " a\n", ""]
+)
+def test_a_prompt_is_blank_where_the_document_says_so(
+    start: Start, tmp_path: Path, prompt: str
+) -> None:
+    client = start(data_dir=str(tmp_path))
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        contents = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        for kind, content in contents.items():
+            schema = content["schema"]["properties"]["prompt"]
+            may_be_sent = Draft202012Validator(schema).is_valid(prompt)
+            given = {"prompt": prompt, "width": 64, "height": 64}
+            if kind == "application/json":
+                images = {} if path.endswith("/generations") else {"images": [PICTURE]}
+                answer = client.post(path, json={**given, **images})
+            else:
+                answer = client.post(path, data=given, files={"image": base64.b64decode(PICTURE)})
+            assert (answer.status_code in (200, 202)) == may_be_sent, (path, kind, answer.text)
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])
