@@ -179,7 +179,7 @@ class Settings(BaseModel):
     max_bodies_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
         ge=1024,
-        description="Bytes of all bodies above 64 KiB whose requests are being answered; then 503.",
+        description="Bytes of all bodies above 64 KiB that are being read or decoded; then 503.",
     )
     client_timeout_s: float = Field(
         default=20.0,

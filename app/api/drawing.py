@@ -108,7 +108,10 @@ class Drawing:
             client=request.state.client,
             deadline_s=options.deadline_s or self.settings.request_timeout_s,
         )
-        return self.engine.submit(params, packing, request.state.request_id, options)
+        job = self.engine.submit(params, packing, request.state.request_id, options)
+        # Its pictures are decoded; from here on queue_pixels bounds what it holds.
+        request.state.drop_body()
+        return job
 
     async def outcome(self, request: Request, job: Job) -> JobOutcome:
         """Wait for the job; see ``outcome_of``."""

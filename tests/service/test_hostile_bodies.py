@@ -117,3 +117,16 @@ def test_what_was_sent_is_not_held_while_the_job_waits(
             tracemalloc.stop()
             live.pipeline.gate.set()
         assert later.answer().status_code == 200 and len(content) > len(LARGE) // 2
+
+
+def test_waiting_jobs_leave_room_for_other_bodies(start_live: StartLive) -> None:
+    noise = Image.frombytes("RGB", (400, 400), random.Random(0).randbytes(3 * 400 * 400))
+    # Room for one of them at a time.
+    live = start_live(settings={"max_bodies_bytes": 800_000, "max_body_bytes": 800_000})
+    live.pipeline.close_gate()
+    first = live.generate_later("first", images=[encode(noise)])
+    live.pipeline.started.wait()
+    second = live.generate_later("second", images=[encode(noise)])
+    wait_until(lambda: live.depth == 1)
+    live.pipeline.gate.set()
+    assert first.answer().status_code == second.answer().status_code == 200

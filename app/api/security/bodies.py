@@ -34,7 +34,7 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class BodySpace:
-    """Memory that all bodies together may take while their requests are answered.
+    """Memory that all bodies together may take until their pictures are decoded.
 
     Small ones are not counted: they cannot add up to much, and must not have to wait for
     large ones.
@@ -59,7 +59,7 @@ class BodySpace:
         self._taken_bytes += count
 
     def give_back(self, count: int) -> None:
-        """The request is answered."""
+        """They are held no longer."""
         self._taken_bytes -= count
 
 
@@ -126,7 +126,7 @@ class BoundedBody:
         return message
 
     def close(self) -> None:
-        """The request is answered; nobody holds its body any more."""
+        """Nobody holds the body any more."""
         self._space.give_back(self._space_bytes)
         self._space_bytes = 0
 

@@ -1,7 +1,8 @@
 """The order of the rules: who asks, by which name, from which page, with which key, how often.
 
 A plain ASGI middleware, so that its rules hold for addresses that do not exist, too.
-What passes has ``request.state.client``: the key's name, or the peer's address.
+What passes has ``request.state.client``: the key's name, or the peer's address; and
+``request.state.drop_body``, to be called where the body is no longer held.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Guard:
             key = self._authenticate(scope["path"], headers)
             client = client_address(scope) if key is None else key.name
             scope.setdefault("state", {})["client"] = client
+            # Called once nobody holds what was sent any more; at the latest at the end.
+            scope["state"]["drop_body"] = body.close
             allowance = self._count(scope["method"], client, key)
             body.check_announced()
         except ServiceError as error:
