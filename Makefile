@@ -59,7 +59,7 @@ clean: ## Remove the environment and all caches
 # range would bring another build of it.
 $(INSTALLED): pyproject.toml constraints.txt fluxcore/version.py | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
-		--constraint constraints.txt --editable '.[test,lint]'
+		--constraint constraints.txt --editable '.[test,lint,load]'
 	@$(MAKE) --no-print-directory node-client
 	@touch $@
 
