@@ -107,6 +107,8 @@ def denoise(
         tokens = before.shape[1]
         # order: [img, references]; the text is put before them inside the transformer
         img = before if inputs.references is None else torch.cat((before, inputs.references), dim=1)
+        # One layout in every step, so that one compiled or recorded form serves all of them.
+        img = img.contiguous()
         velocity = velocity_of(img, inputs.positive, modulation, inputs.pe, tokens)
         if inputs.negative is not None:
             unguided = velocity_of(img, inputs.negative, modulation, inputs.pe, tokens)

@@ -326,7 +326,7 @@ class FluxPipeline:
             DeviceFaultError: the device returned something that is no picture.
         """
         with translated_errors():
-            drawn = self._bytes_of(latents, *_grid(width, height))
+            drawn = self._bytes_of(latents.contiguous(), *_grid(width, height))
             return to_picture(*self.runtime.to_host(*drawn))
 
     def run(self, params: GenerationParams) -> Generator[Progress, None, GenerationResult]:
@@ -446,7 +446,8 @@ class FluxPipeline:
         device, dtype = self.runtime.device, self.runtime.dtypes.weights
         grid = _grid(params.width, params.height)
         channels = self.config.transformer.in_channels
-        noise = draw_noise(params.seeds[image_index], channels, grid).to(dtype).to(device)
+        noise = draw_noise(params.seeds[image_index], channels, grid).to(dtype)
+        noise = noise.contiguous().to(device)
         inpainting = None
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"

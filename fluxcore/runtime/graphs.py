@@ -64,7 +64,7 @@ class Graphs:
     def wrap(self, function: Function, most_tokens: int) -> Function:
         """The function, recorded on every shape that it is called with.
 
-        It must be pure, take tensors and plain values, and keep no tensor of its own.
+        It must be pure, take contiguous tensors and plain values, and keep no tensor of its own.
 
         Args:
             most_tokens: calls whose first argument is longer than this in its second
@@ -87,6 +87,7 @@ class Graphs:
     def _call(self, function: Function, args: tuple[Any, ...]) -> Any:
         leaves, form = tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        assert all(tensor.is_contiguous() for tensor in tensors), "one layout for each shape"
         key = (function, form, *(_kind(leaf) for leaf in leaves))
         found = self._kept.get(key)
         if found is None:

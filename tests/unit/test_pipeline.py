@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
@@ -459,3 +460,32 @@ def test_narrow_dtypes_draw_nearly_the_same_picture(
     )
     assert np.abs(exact - found).mean() < mean
     assert exact.std() > 30
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_networks_are_called_on_contiguous_tensors(pipe: FluxPipeline, steps: int) -> None:
+    """A compiled or recorded form fits one layout; one for each step would be compiled anew."""
+    seen: list[bool] = []
+
+    def look(_: Any, inputs: tuple[Any, ...]) -> None:
+        seen.extend(leaf.is_contiguous() for leaf in tree_leaves(inputs) if torch.is_tensor(leaf))
+
+    networks = (pipe.text_encoder, pipe.transformer, *pipe.transformer.double_blocks)
+    hooks = [network.register_forward_pre_hook(look) for network in networks]
+    for request in (
+        params(LONG, steps=steps),
+        params(LONG, steps=steps, references=(painting(96, 64),), width=64, height=80),
+        params(
+            LONG,
+            steps=steps,
+            references=(painting(96, 64),),
+            mask=painting(96, 64).convert("L"),
+            width=None,
+            height=None,
+        ),
+    ):
+        pipe.generate(request)
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    assert all(seen)
