@@ -1,6 +1,6 @@
 """The picture by which ``fluxd doctor`` knows the bundled model; to be made anew with new weights.
 
-    python -m demo.known_picture
+python -m demo.known_picture
 """
 
 from __future__ import annotations

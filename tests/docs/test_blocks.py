@@ -78,7 +78,15 @@ def test_a_curl_line_works(block: Block, served: Served, tmp_path: Path) -> None
         assert "\nfluxd_queue_depth 0.0\n" in answer
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=name_of)
+@pytest.mark.parametrize(
+    "block",
+    [
+        # It looks at the whole machine, and has tests of its own.
+        pytest.param(block, marks=pytest.mark.slow) if "fluxd doctor" in block.text else block
+        for block in COMMANDS
+    ],
+    ids=name_of,
+)
 def test_a_command_works(block: Block, tiny_checkpoint: Path, tmp_path: Path) -> None:
     make_picture(tmp_path)
     text = block.text.replace(MODEL, str(tiny_checkpoint))
