@@ -33,6 +33,7 @@ from fluxcore.version import __version__
 if TYPE_CHECKING:
     from fluxcore import FluxPipeline
     from fluxcore.bench import SizeReport
+    from fluxcore.runtime import Runtime
 
 PROMPT = "a lighthouse on a cliff above a stormy sea, oil painting, evening light"
 TABLE_COLUMNS = 110
@@ -86,7 +87,9 @@ def bench(asked: Asked, flags: Mapping[str, Any], config: Path | None) -> None:
         say(BUNDLED_NOTE)
     reports: list[dict[str, Any]] = []
     for variant, values in zip(variants, loaded, strict=True):
-        report = _measure(asked, sizes, variant, values, None if reports else begun_s)
+        report, runtime = _measure(asked, sizes, variant, values, None if reports else begun_s)
+        # The model is gone; the next one needs its place.
+        runtime.release_memory()
         reports.append(report)
     if asked.chart is not None:
         from app.cli.bench_chart import draw_chart
@@ -102,8 +105,8 @@ def _measure(
     variant: Variant,
     loaded: LoadedSettings,
     begun_s: float | None,
-) -> dict[str, Any]:
-    """One combination of settings, as JSON; prints its table."""
+) -> tuple[dict[str, Any], Runtime]:
+    """One combination of settings, as JSON, and where it ran; prints its tables."""
     pipe, start = _load(loaded.values, begun_s)
     from fluxcore.bench import Rates, measure_size
 
@@ -145,7 +148,7 @@ def _measure(
         "sizes": [size.as_json() for size in measured],
     }
     _print(report)
-    return report
+    return report, pipe.runtime
 
 
 def _load(settings: Settings, begun_s: float | None) -> tuple[FluxPipeline, Start]:
@@ -238,10 +241,8 @@ def _print(report: Mapping[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS, highlight=False)
     runtime, start = report["runtime"], report["start"]
     varied = "".join(f", {name} {value}" for name, value in report["settings"].items())
-    console.print(
-        f"{report['model']} on {runtime['device']} ({runtime['chip']}), {runtime['dtype']}{varied}",
-        markup=False,
-    )
+    place = f"{runtime['device']} ({runtime['chip']})"
+    console.print(f"{report['model']} on {place}, {runtime['precision']}{varied}", markup=False)
     ready = "" if start["ready_s"] is None else f"; ready {start['ready_s']:.1f} s after the start"
     console.print(
         f"import {start['import_s']:.1f} s, load {start['load_s']:.1f} s, "

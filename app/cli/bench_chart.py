@@ -48,7 +48,7 @@ def draw_chart(reports: Sequence[Mapping[str, Any]]) -> Image.Image:
         top = TOP_PX + ROW_PX * number + 14
         label = f"{size['width']}x{size['height']}"
         _text(draw, (LEFT_PX - 14, top + BAR_PX // 2), label, INK, "rm")
-        varied = " ".join(report["settings"].values()) or report["runtime"]["dtype"]
+        varied = " ".join(report["settings"].values()) or report["runtime"]["precision"]
         below = top + BAR_PX + FLOOR_BAR_PX // 2
         _text(draw, (LEFT_PX - 14, below), f"{varied}, floor", PALE, "rm")
         measured, floor = list(_measured(size)), list(_floor(size))

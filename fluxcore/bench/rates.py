@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fluxcore.bench.operations import Attention, Convolution, Part, Product, Work
 from fluxcore.kernels import plain_attention
 from fluxcore.runtime import Runtime
+from fluxcore.runtime.quantised import MULTIPLE, hardware_product, round_rows
 
 BATCHES = 5
 BATCH_S = 0.01
@@ -59,7 +60,7 @@ class Rates:
     def host_copy_ms(self, width: int, height: int) -> float:
         """A picture's bytes from the device to the host."""
         picture = torch.zeros((height, width, 3), dtype=torch.uint8, device=self._runtime.device)
-        return self._best_s(lambda: picture.to("cpu", copy=True)) * 1000
+        return self._best_s(lambda: self._runtime.to_host(picture)) * 1000
 
     def _forms(self, part: Part) -> Iterator[Call]:
         """Every way that there is here to do a part."""
@@ -76,6 +77,12 @@ class Rates:
         x = self._random((part.rows, part.inner), dtype)
         weight = self._random((part.columns, part.inner), dtype)
         yield lambda: F.linear(x, weight)
+        sides_fit = part.inner % MULTIPLE == part.columns % MULTIPLE == 0
+        if self._runtime.precision == "fp8" and part.is_block and sides_fit:
+            rows, of_rows = round_rows(x)
+            columns, of_columns = round_rows(weight)
+            scales = of_columns.t().contiguous()
+            yield lambda: hardware_product(rows, of_rows, columns, scales)
 
     def _attentions(self, part: Attention) -> Iterator[Call]:
         dtypes, kernels = self._runtime.dtypes, self._runtime.kernels()
