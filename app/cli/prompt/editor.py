@@ -37,7 +37,8 @@ class Editor:
             history=_history(),
             auto_suggest=AutoSuggestFromHistory(),
             completer=LineCompleter(session.gallery),
-            complete_while_typing=True,
+            # A menu that comes by itself takes the Tab that was meant to complete.
+            complete_while_typing=False,
             bottom_toolbar=self._state,
             reserve_space_for_menu=MENU_ROWS,
         )
