@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from PIL import Image
@@ -104,7 +105,7 @@ class Emulator:
             self.top = max(self.top, self.row - self.rows + 1)
 
     def _csi(self, arguments: str, final: str) -> None:
-        numbers = [int(one or 1) for one in arguments.split(";")] if arguments else [1]
+        numbers = [int(one) if one.isdigit() else 1 for one in arguments.split(";")]
         match final:
             case "A":
                 self.row = max(self.top, self.row - numbers[0])
@@ -114,6 +115,13 @@ class Emulator:
                 self.column = max(0, self.column - numbers[0])
             case "H":
                 self.row, self.column = self.top + numbers[0] - 1, numbers[1] - 1
+            case "K":
+                first = 0 if arguments == "2" else self.column
+                for column in range(first, self.columns):
+                    self.cells.pop((self.row, column), None)
+            case "h" | "l":
+                # The cursor is shown and hidden.
+                assert arguments == "?25"
             case "m":
                 self._paint(arguments.split(";"))
             case _:
@@ -135,13 +143,12 @@ class Emulator:
             self.row, self.column = self._saved
 
     def _text(self, text: str) -> None:
-        import unicodedata
-
         for character in text:
             if unicodedata.combining(character):
                 self.cells[self.row, self.column - 1].text += character
                 continue
-            assert self.column < self.columns, "a line that does not fit"
+            if self.column == self.columns:
+                self._control(b"\n")
             self.cells[self.row, self.column] = Cell(
                 character, self._colours["38"], self._colours["48"]
             )
