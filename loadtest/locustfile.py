@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import base64
 import io
-import ipaddress
 import json
 import random
 import time
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import gevent
 import requests
@@ -26,6 +24,7 @@ from locust import HttpUser, constant, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from PIL import Image
+from run import is_loopback
 from urllib3 import PoolManager
 
 ANSWER_S = 300.0
@@ -50,8 +49,7 @@ def _(parser: LocustArgumentParser) -> None:
 @events.test_start.add_listener
 def _(environment: Environment, **_: Any) -> None:
     global _record
-    host = urlsplit(environment.host or "").hostname or ""
-    if not ipaddress.ip_address(host).is_loopback:
+    if not is_loopback(environment.host or ""):
         raise SystemExit("the host must be a loopback address, such as http://127.0.0.1:7861")
     options = environment.parsed_options
     random.seed(options.chance)

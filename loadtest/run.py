@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,8 +106,11 @@ def main() -> int:
     parser.add_argument("--bound", type=float, help="seconds; Server's p99 has to keep it")
     parser.add_argument("--output", type=Path, default=Path("load-report"))
     args = parser.parse_args()
-    if not ipaddress.ip_address(urlsplit(args.url).hostname or "").is_loopback:
+    if not is_loopback(args.url):
         parser.error("the address must be a loopback one, such as http://127.0.0.1:7861")
+    missing = [name for name in ("locust", "matplotlib") if find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} not installed; run: pip install -e '.[load]'")
     begun_s = time.monotonic()
     results = run_all(args)
     bound_s = args.bound or _usual_bound_s(results)
@@ -210,6 +214,15 @@ def summarise(results: Sequence[Seen], bound_s: float) -> dict[str, float | int 
         "server_pictures_per_s": max(valid, default=None),
         "wrong": sum(seen.wrong for seen in results),
     }
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address can only lead to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def quantile_of(ordered: Sequence[float], quantile: float) -> float | None:

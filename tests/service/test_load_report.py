@@ -59,6 +59,7 @@ def test_every_mode_is_driven_and_reported(start_live: StartLive, tmp_path: Path
     wait_until(lambda: live.engine.is_idle)
 
 
-def test_only_this_machine_is_loaded() -> None:
-    refused = run("http://192.0.2.1:7861")
+@pytest.mark.parametrize("url", ["http://192.0.2.1:7861", "http://example.org", "fluxd"])
+def test_only_this_machine_is_loaded(url: str) -> None:
+    refused = run(url)
     assert refused.returncode == 2 and "loopback" in refused.stderr
