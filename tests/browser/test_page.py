@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 # Enough steps to be interrupted, and too many to be finished by mistake.
 LONG = 200
+# What the browser does when a picture is pasted.
+PASTE = """() => {
+    const canvas = document.createElement("canvas");
+    canvas.toBlob((blob) => {
+        const clipboardData = new DataTransfer();
+        clipboardData.items.add(new File([blob], "pasted.png", {type: "image/png"}));
+        document.dispatchEvent(new ClipboardEvent("paste", {clipboardData, cancelable: true}));
+    });
+}"""
 
 
 def pictures(page: Page) -> Locator:
@@ -235,6 +244,10 @@ def test_a_reference_is_changed_and_two_pictures_are_compared(
     expect(page.locator(".reference")).to_have_count(2)
     page.get_by_role("button", name="Remove reference 2").click()
     expect(page.locator(".reference")).to_have_count(1)
+    page.locator("li.card img").first.drag_to(page.locator("#add-reference"))
+    expect(page.locator(".reference")).to_have_count(2)
+    page.evaluate(PASTE)
+    expect(page.locator(".reference")).to_have_count(3)
 
 
 def test_only_the_marked_part_is_drawn_again(service: Service, visit: Any) -> None:
@@ -274,22 +287,19 @@ def test_only_the_marked_part_is_drawn_again(service: Service, visit: Any) -> No
     assert max(ImageStat.Stat(left).mean) < 16 < 60 < max(ImageStat.Stat(right).mean)
 
 
-def test_a_job_survives_a_reload_and_a_waiting_one_is_cancelled(
-    service: Service, visit: Any
-) -> None:
+def test_a_job_survives_a_reload_and_another_is_cancelled(service: Service, visit: Any) -> None:
     from playwright.sync_api import expect
 
-    here = visit(service.url)
-    page = here.open()
-    draw(page, "a yellow star", steps=24)
-    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 24"))
+    page = visit(service.url).open()
+    draw(page, "a yellow star", steps=32)
+    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 32"))
     (before,) = kept(page)
     page.reload()
-    expect(waiting(page)).to_have_count(1)
-    draw(page, "a pink heart", steps=LONG)
-    expect(waiting(page)).to_have_count(2)
     expect(pictures(page)).to_have_count(1)
-    assert before["job"] in [entry["job"] for entry in kept(page)]
+    (after,) = kept(page)
+    assert (before["job"], before["pictures"]) == (after["job"], 0)
+    assert (after["status"], after["pictures"]) == ("completed", 1)
+    draw(page, "a pink heart", steps=LONG)
     expect(waiting(page).get_by_alt_text("What is coming")).to_be_visible()
     look(page, "drawing")
     waiting(page).get_by_role("button", name="Cancel").click()
@@ -298,11 +308,23 @@ def test_a_job_survives_a_reload_and_a_waiting_one_is_cancelled(
     assert [entry["status"] for entry in kept(page)] == ["completed"]
 
 
+def test_more_jobs_than_a_browser_has_connections_all_arrive(service: Service, visit: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = visit(service.url).open()
+    page.get_by_label("Width in pixels").fill("64")
+    page.get_by_label("Height in pixels").fill("64")
+    for number in range(8):
+        draw(page, f"a blue circle {number}", steps=1)
+    expect(pictures(page)).to_have_count(8)
+    assert {entry["status"] for entry in kept(page)} == {"completed"}
+
+
 def test_a_job_survives_the_end_of_the_service(service: Service, visit: Any) -> None:
     from playwright.sync_api import expect
 
     page = visit(service.url).open()
-    draw(page, "an orange arrow", steps=24)
+    draw(page, "an orange arrow", steps=40)
     expect(waiting(page).locator(".standing")).to_contain_text("Step")
     service.stop(kill=True)
     expect(page.locator("#notice")).to_contain_text("does not answer")
@@ -352,7 +374,7 @@ def test_a_wrong_key_a_full_queue_and_a_service_that_keeps_nothing(visit: Any) -
         draw(page, "a purple diamond")
         expect(pictures(page)).to_have_count(1)
         draw(page, "a grey oval", steps=LONG)
-        expect(waiting(page)).to_have_count(1)
+        expect(waiting(page).locator(".standing")).to_contain_text("Step")
         page.reload()
         expect(page.locator("li.card.failed")).to_contain_text("keeps no jobs")
         look(page, "lost")
