@@ -93,16 +93,16 @@ def running(**settings: str) -> Iterator[Service]:
         service.stop(kill=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One that keeps jobs, as it is without settings."""
     with running(data_dir=str(tmp_path_factory.mktemp("data"))) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
+    """One Chromium for all tests of a module; beyond it, its loop would be in the way of others."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
