@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from app.cli.console import Bar, bar_and_log
-from app.engine import Engine
+from app.engine import Engine, EngineStatus
 
 POLL_S = 0.1
 
@@ -32,15 +32,22 @@ class StartupWatch:
 
     def _run(self, engine: Engine) -> None:
         while (status := engine.status()).state in ("loading", "warming_up"):
-            startup = status.startup
-            if status.state == "warming_up":
-                self._bar.show("warming up")
-            elif startup.stage == "starting":
-                self._bar.show("starting")
-            else:
-                self._bar.show(f"loading {startup.stage}", startup.progress)
+            self._bar.show(*stage_of(status))
             time.sleep(POLL_S)
         self._bar.end()
+
+
+def stage_of(status: EngineStatus) -> tuple[str, float | None]:
+    """What an engine does until it is ready, and how much of that is done, if that is known."""
+    startup = status.startup
+    if status.state == "warming_up":
+        is_compiling = status.device.get("compiled") == "yes"
+        words = "compiling (it can take minutes)" if is_compiling else "warming up"
+        # Of one picture, which is the rule, there is no half.
+        return words, (startup.progress or None) if startup.stage == "warm-up" else None
+    if startup.stage == "starting":
+        return "starting", None
+    return f"loading {startup.stage}", startup.progress
 
 
 @contextmanager

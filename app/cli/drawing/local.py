@@ -15,6 +15,7 @@ from queue import SimpleQueue
 
 from app.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, bytes_note, duration, say
 from app.cli.drawing.contract import DrawingError, Drawn, Order, Watcher, step_note
+from app.cli.startup import stage_of
 from app.engine import (
     Engine,
     Job,
@@ -157,19 +158,13 @@ class LocalArtist:
         if self._failure is not None:
             raise self._failure
         status = self._engine.status()
-        match status.state:
-            case "ready":
-                return None
-            case "loading":
-                step = self._loading
-                if step is None:
-                    return "starting", None, ""
-                share = step.done_bytes / max(step.total_bytes, 1)
-                note = bytes_note(step.done_bytes, step.total_bytes)
-                return f"loading {step.component}", share, note
-            case "warming_up":
-                # Of one picture, which is the rule, there is no half.
-                return "warming up", None, ""
+        if status.state == "ready":
+            return None
+        if status.state in ("loading", "warming_up"):
+            step, (stage, share) = self._loading, stage_of(status)
+            is_loading = status.state == "loading" and step is not None
+            note = bytes_note(step.done_bytes, step.total_bytes) if step and is_loading else ""
+            return stage, share, note
         raise DrawingError("the model cannot be used any more; start again")
 
     def _loaded(self, progress: Callable[[LoadStep], None]) -> Pipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -27,8 +28,14 @@ OWNING = (
 )
 
 
-def run_on_terminal(answer: bytes, place: Path, *arguments: str) -> bytes:
-    """All that a run of fluxd writes to a terminal that answers in this way."""
+def run_on_terminal(
+    answer: bytes, place: Path, *arguments: str, until: bytes | None = None
+) -> bytes:
+    """All that a run of fluxd writes to a terminal that answers in this way.
+
+    Args:
+        until: Ctrl-C is pressed once this is written.
+    """
     import fcntl
     import termios
 
@@ -58,6 +65,9 @@ def run_on_terminal(answer: bytes, place: Path, *arguments: str) -> bytes:
                 if written.count(LAST_QUESTION) > answered:
                     answered += 1
                     os.write(theirs, answer)
+                if until is not None and until in written:
+                    os.write(theirs, b"\x03")
+                    until = None
             assert process.wait(PATIENCE_S) == 0, written
         finally:
             process.kill()
@@ -93,3 +103,18 @@ def test_the_steps_and_the_picture_are_shown_in_one_place(
     assert any(line.startswith("fox.png  512x320  seed ") for line in text)
     # Nothing of the bar is left.
     assert not any("drawing" in line for line in text)
+
+
+def test_serve_tells_how_it_gets_ready_below_its_log(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    said = run_on_terminal(
+        b"", tmp_path, "serve", "--model", str(tiny_checkpoint), "--port", "0", until=b"ready"
+    )
+    assert b"starting" in said and b"warming up" in said
+    # Wide enough for every line: they are not to be cut.
+    terminal = Emulator(columns=1000)
+    terminal.feed(said.replace(b"^C", b""))
+    lines = [line for row in range(40) if (line := terminal.line(row))]
+    # The log alone is left, each line whole.
+    assert re.fullmatch(r"[\d:]{8} INFO    listening on http://127.0.0.1:\d+", lines[0])
+    assert all(re.match(r"[\d:]{8} INFO ", line) for line in lines), lines
+    assert lines[-1].endswith("ended")
