@@ -29,7 +29,10 @@ OUTCOMES = (
     "completed", "cancelled", "client_left", "timeout", "out_of_memory", "internal_error",
     "device_fault", "shutting_down", "engine_dead",
 )  # fmt: skip
-REFUSALS = ("jobs", "pixels", "work", "loading", "shutting_down", "engine_dead")
+REFUSALS = (
+    "jobs", "pixels", "work", "loading", "shutting_down", "engine_dead", "invalid_api_key",
+    "rate_limit_exceeded",
+)  # fmt: skip
 
 
 class Metrics:
