@@ -27,6 +27,10 @@ PLAIN_SHARE, PATTERN_SHARE = 0.97, 0.90
 """Of background pixels that must be near what is expected; stripes may be a pixel off."""
 PLACE_SHARE = 0.06
 """How far a figure's middle may be off, as a share of the shorter side."""
+SPOT_SHARE = 0.012
+"""Half the width of the smallest thing that nobody asked for, as a share of the side."""
+STRANGE_SHARE = 0.08
+"""Of a figure that may have a colour that is nobody's, edges not counted."""
 UNCHANGED_SHARE = 0.95
 """Of pixels that an edit does not speak of that must be near the reference's."""
 CRITERIA = ("colour", "shape", "place", "background", "outline", "unchanged")
@@ -68,7 +72,9 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
     free = ~_grown(covered, 3)
     share = float(fits[free].float().mean()) if bool(free.any()) else 1.0
     plain = scene.background.kind in ("plain", "gradient")
-    verdict = Verdict(background=share >= (PLAIN_SHARE if plain else PATTERN_SHARE))
+    fits_well = share >= (PLAIN_SHARE if plain else PATTERN_SHARE)
+    far = ~_grown(covered, round(PLACE_SHARE * min(scene.width, scene.height)))
+    verdict = Verdict(background=fits_well and not _has_spot(~fits & far))
     if scene.background.kind == "plain" and nearest_colour(_median(picture, free)) not in (
         scene.background.colours
     ):
@@ -90,31 +96,36 @@ def _judge_figures(
     inks = [_median(picture, _shrunk(fill, 2)) for fill in fills]
     line_inks = [_median(picture, _shrunk(line, 1)) for line in lines]
     owners = _owners(picture, scene, backdrop, inks, line_inks)
-    colour = shape = place = outline = True
+    strange = ~_grown(_near_any(picture, scene, backdrop, inks, line_inks), 1)
+    colour = shape = outline = True
+    place = _is_in_order(owners, scene)
     least = 1.0
     side = min(scene.width, scene.height)
     for i, figure in enumerate(scene.figures):
+        colour &= int((strange & masks[i]).sum()) <= STRANGE_SHARE * int(masks[i].sum())
         if figure.colour_named:
             colour &= nearest_colour(inks[i]) == figure.colour
         if figure.outline is not None:
             outline &= nearest_colour(line_inks[i]) == figure.outline
-        drawn = owners == i
-        ious = {name: _iou(drawn, mask) for name, mask in _as_every_shape(scene, i).items()}
+        drawn, possible = owners == i, _as_every_shape(scene, i)
+        ious = {name: _iou(drawn, mask) for name, mask in possible.items()}
         best = max(ious, key=lambda name: ious[name])
-        iou = ious[figure.shape if figure.shape_named else best]
-        least = min(least, iou)
-        shape &= iou > LEAST_IOU and (best == figure.shape or not figure.shape_named)
-        place &= _apart(drawn, masks[i] if figure.shape_named else drawn) <= PLACE_SHARE * side
+        meant = figure.shape if figure.shape_named else best
+        least = min(least, ious[meant])
+        shape &= ious[meant] > LEAST_IOU and best == meant
+        place &= _apart(drawn, possible[meant]) <= PLACE_SHARE * side
     return replace(
         verdict, colour=colour, shape=shape, place=place, outline=outline, least_iou=least
     )
 
 
 def judge_edit(picture: Tensor, edit: Edit) -> Verdict:
-    """Compare with the target, and what should have stayed with the first reference."""
-    verdict = judge(picture, edit.target)
-    if edit.references[0].width != edit.target.width:
-        return verdict
+    """Compare with the target, and what should have stayed with the first reference.
+
+    The references and the instruction leave nothing open, whatever a caption would name.
+    """
+    named = [replace(f, colour_named=True, shape_named=True) for f in edit.target.figures]
+    verdict = judge(picture, replace(edit.target, figures=tuple(named)))
     before = render(SceneBatch.of([edit.references[0]]))[0]
     after = render(SceneBatch.of([edit.target]))[0]
     changed = (before - after).abs().amax(dim=0) > 0.02
@@ -170,6 +181,32 @@ def _owners(
     return torch.tensor(owner)[torch.stack(distances).argmin(dim=0)]
 
 
+def _near_any(
+    picture: Tensor, scene: Scene, backdrop: Tensor, inks: list[Tensor], line_inks: list[Tensor]
+) -> Tensor:
+    """Where a picture has a colour that the scene has: its background's, or a figure's."""
+    colours = [backdrop, *(ink[:, None, None] for ink in inks)]
+    for figure, ink in zip(scene.figures, line_inks, strict=True):
+        if figure.outline is not None:
+            colours.append(ink[:, None, None])
+    return torch.stack([(picture - c).norm(dim=0) < NEAR for c in colours]).any(dim=0)
+
+
+def _is_in_order(owners: Tensor, scene: Scene) -> bool:
+    """Whether figures that overlap cover each other in the scene's order."""
+    batch = SceneBatch.of([scene])
+    covers = [coverage(batch, i)[0][0] > 0.5 for i in range(len(scene.figures))]
+    for front in range(1, len(covers)):
+        later = torch.zeros_like(covers[0])
+        for cover in covers[front + 1 :]:
+            later |= cover
+        for cover in covers[:front]:
+            both = ~_grown(~(cover & covers[front] & ~later), 2)
+            if bool(both.any()) and float((owners[both] == front).float().mean()) < 0.5:
+                return False
+    return True
+
+
 def _as_every_shape(scene: Scene, index: int) -> dict[str, Tensor]:
     """What would be seen of a figure if it had each of the shapes."""
     variants = []
@@ -206,6 +243,12 @@ def _median(picture: Tensor, mask: Tensor) -> Tensor:
 def _grown(mask: Tensor, pixels: int) -> Tensor:
     size = 2 * pixels + 1
     return F.max_pool2d(mask.float()[None, None], size, 1, pixels)[0, 0] > 0
+
+
+def _has_spot(wrong: Tensor) -> bool:
+    """Whether wrong pixels fill a square somewhere."""
+    pixels = max(1, round(SPOT_SHARE * min(wrong.shape)))
+    return not bool(_grown(~wrong, pixels).all())
 
 
 def _shrunk(mask: Tensor, pixels: int) -> Tensor:

@@ -94,6 +94,55 @@ def test_a_second_figure_that_nobody_asked_for_is_wrong() -> None:
     assert not verdict_on(crowded, scene()).is_right
 
 
+def test_a_small_figure_of_another_colour_is_wrong_too() -> None:
+    extra = Figure("triangle", "yellow", COLOURS["yellow"], 35.0, 35.0, 25.0)
+    crowded = replace(scene(), figures=(*scene().figures, extra))
+    assert not verdict_on(crowded, scene()).background
+
+
+def test_an_outline_that_nobody_asked_for_is_wrong() -> None:
+    assert not verdict_on(scene(outline="brown", outline_shade=COLOURS["brown"]), scene()).colour
+
+
+def test_a_figure_of_two_colours_is_wrong() -> None:
+    picture = to_pixels(picture_of(scene()))
+    other = to_pixels(picture_of(scene(colour="orange", shade=COLOURS["orange"])))
+    picture[:, :, 130:] = other[:, :, 130:]
+    assert not judge(picture, scene()).colour
+
+
+def test_a_blurred_figure_is_wrong() -> None:
+    picture = to_pixels(picture_of(scene()))
+    for _ in range(3):
+        picture = torch.nn.functional.avg_pool2d(picture, 13, 1, 6, count_include_pad=False)
+    assert not judge(picture, scene()).is_right
+
+
+def test_figures_behind_each_other_have_an_order() -> None:
+    (figure,) = scene().figures
+    back = replace(figure, shape="square", x=150.0, y=106.0)
+    front = replace(figure, shape="circle", colour="blue", shade=COLOURS["blue"], x=106.0, y=150.0)
+    wanted = replace(scene(), figures=(back, front), relation="behind")
+    assert verdict_on(wanted, wanted).is_right
+    assert not verdict_on(replace(wanted, figures=(front, back)), wanted).place
+
+
+def test_an_edit_that_was_not_made_is_wrong() -> None:
+    for edit in held_out_edits(30):
+        assert not judge_edit(to_pixels(picture_of(edit.references[0])), edit).is_right
+
+
+def test_an_edit_leaves_no_colour_open() -> None:
+    """Also that of a figure whose colour a caption would not name."""
+    edit = next(e for e in held_out_edits(60) if e.kind == "recolour")
+    (figure, *others) = edit.target.figures
+    loose = replace(edit.target, figures=(replace(figure, colour_named=False), *others))
+    wrong = next(c for c in COLOURS if c not in {f.colour for f in edit.target.figures})
+    drawn = replace(loose, figures=(replace(figure, colour=wrong, shade=COLOURS[wrong]), *others))
+    verdict = judge_edit(to_pixels(picture_of(drawn)), replace(edit, target=loose))
+    assert not verdict.colour
+
+
 def test_what_an_edit_does_not_speak_of_must_stay() -> None:
     edit = next(e for e in held_out_edits(60) if e.kind == "recolour")
     assert judge_edit(to_pixels(picture_of(edit.target)), edit).unchanged
