@@ -1,6 +1,6 @@
 """Distil the trained model to 4 steps.
 
-    torchrun --nproc-per-node 2 -m demo.distil --resume .models/training/flow.pt
+    torchrun --nproc-per-node 2 -m demo.distil --resume .models/training/long.pt
 
 The model draws a pool of pictures in many small steps and keeps the noise that each
 came from. A copy of it then learns to go straight from that noise to that picture, most
@@ -128,7 +128,10 @@ def main() -> None:
     parser.add_argument("--pool-seconds", type=float, default=1e9)
     parser.add_argument("--teacher-steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=1.0)
-    distil(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.resume is None:
+        parser.error("--resume must name the trained networks, which are the teacher")
+    distil(arguments)
 
 
 if __name__ == "__main__":

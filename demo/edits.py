@@ -93,8 +93,8 @@ def _one_or_two(rng: random.Random, width: int, height: int) -> Scene:
             return scene
 
 
-def _call(scene: Scene, index: int, rng: random.Random) -> str | None:
-    """A phrase that means one figure of a scene and no other; None where none is short enough."""
+def _call(scene: Scene, index: int, rng: random.Random) -> str:
+    """A phrase that means one figure of a scene and no other."""
     figure = scene.figures[index]
     others = [f for i, f in enumerate(scene.figures) if i != index]
     shape, colour = word(figure.shape, rng), word(figure.colour, rng)

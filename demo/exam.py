@@ -13,7 +13,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from demo.captions import caption
 from demo.edits import COMBINATIONS, EDITS, Edit, random_edit
 from demo.judge import CRITERIA, Verdict, judge, judge_edit, picture_of, to_pixels
 from demo.scenes import Scene, random_scene
+from fluxcore.errors import FluxError
 
 CAPTIONS_SEED, EDITS_SEED = 20_260_101, 20_260_102
 
@@ -46,9 +47,13 @@ class Tally:
         for name in CRITERIA:
             self.failures[group][name] += not getattr(verdict, name)
 
+    def asked(self, *groups: str) -> int:
+        """How many pictures some groups have."""
+        return sum(self.seen[g] for g in groups)
+
     def share(self, *groups: str) -> float:
-        """Of pictures that are right, over some groups."""
-        return sum(self.right[g] for g in groups) / max(1, sum(self.seen[g] for g in groups))
+        """Of pictures that are right, over some groups, which have any."""
+        return sum(self.right[g] for g in groups) / self.asked(*groups)
 
     def table(self) -> str:
         lines = [
@@ -149,7 +154,7 @@ def examine(arguments: argparse.Namespace) -> Tally:
     captions = held_out_captions(arguments.captions, *arguments.size)
     edits = held_out_edits(arguments.edits, *arguments.size)
     questions = [Question(*numbered) for part in (captions, edits) for numbered in enumerate(part)]
-    tally, count = Tally.empty(), arguments.processes
+    tally, count = Tally.empty(), min(arguments.processes, len(questions))
     devices = [arguments.device] * count
     if arguments.device == "auto" and torch.cuda.is_available():
         devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(count)]
@@ -167,34 +172,55 @@ def examine(arguments: argparse.Namespace) -> Tally:
 
 def size_of(text: str) -> tuple[int, int]:
     """Width and height of ``384x256``."""
-    width, height = text.split("x")
-    return int(width), int(height)
+    numbers = text.split("x")
+    sides = [int(number) for number in numbers if number.isdecimal()]
+    if len(numbers) != 2 or len(sides) != 2 or any(s % 16 or not 128 <= s <= 512 for s in sides):
+        raise argparse.ArgumentTypeError(
+            f"must be WIDTHxHEIGHT, each a multiple of 16 from 128 to 512; got {text}"
+        )
+    return sides[0], sides[1]
+
+
+def number_from(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers that are not below ``least``."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}; got {text}")
+        return int(text)
+
+    return read
 
 
 def main() -> None:
     """Examine a checkpoint and print the table and, as the last line, JSON."""
     parser = argparse.ArgumentParser(description="Examine a model that draws shapes.")
     parser.add_argument("model", type=Path, nargs="?", help="default: the bundled model")
-    parser.add_argument("--captions", type=int, default=1000)
-    parser.add_argument("--edits", type=int, default=300)
+    parser.add_argument("--captions", type=number_from(0), default=1000)
+    parser.add_argument("--edits", type=number_from(0), default=300)
     parser.add_argument("--size", type=size_of, default=(256, 256))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=number_from(1), default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--processes", type=int, default=1, help="that draw at once")
+    parser.add_argument("--processes", type=number_from(1), default=1, help="that draw at once")
     parser.add_argument("--wrong", type=Path, help="write pictures that are wrong to this folder")
     arguments = parser.parse_args()
+    if arguments.captions + arguments.edits == 0:
+        parser.error("nothing is asked: --captions or --edits must be above 0")
     started_s = time.monotonic()
-    tally = examine(arguments)
+    try:
+        tally = examine(arguments)
+    except FluxError as error:
+        parser.error(str(error))
     print(tally.table())
     edits = [group for group in tally.seen if group.startswith("edit: ")]
-    shares = {
-        "one object": tally.share("one object"),
-        "two objects, related": tally.share("two objects, related"),
-        "edits": tally.share(*edits),
-        "seconds": round(time.monotonic() - started_s, 1),
+    groups = {
+        "one object": ["one object"],
+        "two objects, related": ["two objects, related"],
+        "edits": edits,
     }
-    print(json.dumps(shares))
+    shares = {name: tally.share(*part) for name, part in groups.items() if tally.asked(*part)}
+    print(json.dumps({**shares, "seconds": round(time.monotonic() - started_s, 1)}))
 
 
 if __name__ == "__main__":

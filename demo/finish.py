@@ -1,6 +1,6 @@
 """From trained networks to the checkpoint that ships.
 
-python -m demo.finish --networks .models/training/sizes.pt --out fluxcore/bundled/fluxd-demo
+python -m demo.finish --out .models/fluxd-demo
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 from demo.architecture import DEMO, build_modules
 from demo.export import export_checkpoint
 from demo.run import load
+from fluxcore.errors import FluxError
+from fluxcore.weights.layout import check_free
 
 
 def main() -> None:
@@ -22,9 +24,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     transformer, text_encoder, vae = build_modules(DEMO)
-    load(arguments.networks, transformer=transformer, text_encoder=text_encoder)
-    load(arguments.vae, vae=vae)
-    export_checkpoint(arguments.out, DEMO, transformer, text_encoder, vae, arguments.tokenizer)
+    try:
+        check_free(arguments.out)
+        load(arguments.networks, transformer=transformer, text_encoder=text_encoder)
+        load(arguments.vae, vae=vae)
+        export_checkpoint(arguments.out, DEMO, transformer, text_encoder, vae, arguments.tokenizer)
+    except FluxError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

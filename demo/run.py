@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fluxcore import FluxPipeline
+from fluxcore.errors import CheckpointError, CheckpointFileError, CheckpointNotFoundError
 
 
 @dataclass(slots=True)
@@ -172,11 +174,32 @@ def load(path: Path, **modules: nn.Module) -> None:
     Args:
         path: a file that ``save`` wrote, or a checkpoint directory, to go on from what ships.
         modules: transformer, text_encoder and vae, whichever are wanted.
+
+    Raises:
+        CheckpointError: the file is not there, is no such file or lacks a network.
     """
     if path.is_dir():
         pipe = FluxPipeline.load(path, device="cpu", dtype="float32")
         states = {name: getattr(pipe, name).state_dict() for name in modules}
     else:
-        states = torch.load(path, map_location="cpu", weights_only=True)
+        states = _states_of(path)
+        if missing := sorted(modules.keys() - states.keys()):
+            raise CheckpointError(
+                f"{path} must hold {', '.join(missing)}; it holds {', '.join(states)}: name a "
+                "file of the program that trains it"
+            )
     for name, module in modules.items():
         module.load_state_dict({key: value.float() for key, value in states[name].items()})
+
+
+def _states_of(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The networks that a file of ``save`` holds, by name."""
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path} is not there; the program before this one writes it")
+    try:
+        states: object = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointFileError(f"{path} is not a file that training wrote") from error
+    if not isinstance(states, dict) or not all(isinstance(s, dict) for s in states.values()):
+        raise CheckpointFileError(f"{path} is not a file that training wrote")
+    return states

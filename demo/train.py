@@ -93,7 +93,7 @@ def velocity_loss(
 
 @torch.no_grad()
 def quick_judgement(
-    learner: Learner, prompts: Prompts, run: Run, count: int, steps: int, guidance: float = 1.0
+    learner: Learner, prompts: Prompts, run: Run, count: int, steps: int
 ) -> dict[str, float]:
     """Shares of held-out pictures that are right; each process judges its part of ``count``."""
     found: dict[str, list[float]] = {}
@@ -101,16 +101,13 @@ def quick_judgement(
     captions = list(held_out_captions(count))[run.rank :: run.world]
     edits = [e for e in held_out_edits(count // 2) if len(e.references) == 1]
     edits = edits[run.rank :: run.world]
-    empty = tuple(part.to(run.device) for part in prompts.encode([""]))
     for start in range(0, len(captions), 128):
         part = captions[start : start + 128]
         ids, counts = prompts.encode([text for text, _ in part])
         batch = Batch(DRAW, ids, counts, (SceneBatch.of([s for _, s in part]),)).to(run.device)
         shape = (len(part), DRAW.image_tokens, learner.channels)
         noise = torch.randn(shape, device=run.device, generator=generator)
-        latents = learner.draw(
-            noise, (), batch.ids, batch.count, DRAW, steps, guidance, (empty[0], empty[1])
-        )
+        latents = learner.draw(noise, (), batch.ids, batch.count, DRAW, steps)
         for picture, (_, scene) in zip(learner.decode(latents, DRAW).cpu(), part, strict=True):
             found.setdefault(group_of(scene), []).append(judge(picture, scene).is_right)
     for start in range(0, len(edits), 128):
@@ -205,9 +202,7 @@ def arguments_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--decay-from", type=float, default=0.5)
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--replays", type=int, default=4, help="times a picture is learnt from")
     parser.add_argument("--judged", type=int, default=400, help="captions at the end")
-    parser.add_argument("--first", type=int, default=0, help="number of the first batch")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--mix", choices=MIXES, default="even", help="of tasks and sizes")
@@ -219,6 +214,8 @@ def main() -> None:
     parser = arguments_of("Train the demo's text encoder and transformer.")
     parser.add_argument("--name", default="flow", help="of the files written")
     parser.add_argument("--judgements", type=int, default=5, help="while training")
+    parser.add_argument("--replays", type=int, default=4, help="times a picture is learnt from")
+    parser.add_argument("--first", type=int, default=0, help="number of the first batch")
     train(parser.parse_args())
 
 

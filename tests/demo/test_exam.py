@@ -32,3 +32,28 @@ def test_questions_of_other_sizes_are_of_those_sizes() -> None:
     scenes = [scene for _, scene in exam.held_out_captions(4, 384, 256)]
     scenes += [edit.target for edit in exam.held_out_edits(6, 384, 256)]
     assert {(scene.width, scene.height) for scene in scenes} == {(384, 256)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--captions", "0", "--edits", "0"], "nothing is asked"),
+        (["--captions", "-1"], "whole number from 0; got -1"),
+        (["--processes", "0"], "whole number from 1; got 0"),
+        (["--steps", "0"], "whole number from 1; got 0"),
+        (["--size", "250x256"], "multiple of 16 from 128 to 512; got 250x256"),
+        (["--size", "256"], "WIDTHxHEIGHT"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_plainly(
+    asked: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["exam", "--device", "cpu", *asked])
+    with pytest.raises(SystemExit) as ended:
+        exam.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

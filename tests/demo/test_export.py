@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
+from demo import finish
 from demo.architecture import (
     DEMO,
     LARGEST_BYTES,
@@ -125,3 +127,13 @@ def test_what_cannot_be_exported(
     with pytest.raises(CheckpointError, match="never overwritten"):
         export_checkpoint(full, DEMO, *demo_networks, demo_tokenizer)
     assert json.loads((full / "added_tokens.json").read_text())
+
+
+def test_a_finished_model_is_never_overwritten(
+    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finish", "--out", str(exported)])
+    with pytest.raises(SystemExit) as ended:
+        finish.main()
+    assert ended.value.code == 2
+    assert "never overwritten" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from demo.steps import Lesson, Steps
 from demo.train import arguments_of, flow_loss
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.bundled import bundled_model
+from fluxcore.errors import CheckpointError
 from fluxcore.pipeline.latents import draw_noise
 
 CPU = torch.device("cpu")
@@ -149,6 +150,18 @@ def test_networks_are_saved_and_gone_on_from(
         fresh.transformer.named_parameters(), learner.transformer.parameters(), strict=True
     ):
         assert torch.equal(a, b), name  # what was loaded is bfloat16 already
+
+
+def test_a_file_that_cannot_be_gone_on_from_is_named(learner: Learner, tmp_path: Path) -> None:
+    save(tmp_path / "vae.pt", vae=learner.vae)
+    (tmp_path / "text.pt").write_text("not weights")
+    for name, message in (
+        ("vae.pt", "must hold transformer; it holds vae"),
+        ("text.pt", "not a file that training wrote"),
+        ("none.pt", "is not there"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / name, transformer=learner.transformer)
 
 
 def test_a_batch_of_scenes_of_two_sizes_is_refused() -> None:
