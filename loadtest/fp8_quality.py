@@ -1,0 +1,77 @@
+"""What fp8 does to the bundled model's pictures: each is drawn in bfloat16 and in fp8, and judged.
+
+    python loadtest/fp8_quality.py --captions 300 --edits 90
+
+The same held-out captions, edits and seeds as in ``demo.exam``. On a CPU fp8 products are the
+plain form's: the same rounded values, multiplied in float32. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from demo.edits import Edit
+from demo.exam import Question, held_out_captions, held_out_edits
+from demo.judge import judge, judge_edit, picture_of, to_pixels
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.runtime.quantised import hardware_product, plain_product, quantise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, default=300)
+    parser.add_argument("--edits", type=int, default=90)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=3600, help="ends after so long")
+    args = parser.parse_args()
+    exact, rough = (FluxPipeline.load(device=args.device, dtype="bfloat16") for _ in "ab")
+    blocks = (*rough.transformer.double_blocks, *rough.transformer.single_blocks)
+    quantise(blocks, plain_product if args.device == "cpu" else hardware_product)
+    captions = [Question(*numbered) for numbered in enumerate(held_out_captions(args.captions))]
+    edits = [Question(*numbered) for numbered in enumerate(held_out_edits(args.edits))]
+    # Mixed, so that a run that ends early has seen both.
+    share = len(captions) / max(1, len(edits))
+    order = {id(q): q.seed for q in captions} | {id(q): q.seed * share for q in edits}
+    found: dict[str, Any] = {"pictures": 0, "bf16": 0, "fp8": 0, "bf16 only": 0, "fp8 only": 0}
+    distances = []
+    end_s = time.monotonic() + args.seconds
+    for question in sorted((*captions, *edits), key=lambda q: order[id(q)]):
+        (is_right, latents), (is_still, others) = (drawn(p, question) for p in (exact, rough))
+        found["pictures"] += 1
+        found["bf16"] += is_right
+        found["fp8"] += is_still
+        found["bf16 only"] += is_right and not is_still
+        found["fp8 only"] += is_still and not is_right
+        distances.append(float((latents - others).norm() / latents.norm()))
+        if time.monotonic() > end_s:
+            break
+    print(json.dumps({**found, "latents, relative, median": statistics.median(distances)}))
+
+
+def drawn(pipe: FluxPipeline, question: Question) -> tuple[bool, torch.Tensor]:
+    """Whether the picture is right, and its latents."""
+    asked = question.asked
+    scene = asked.target if isinstance(asked, Edit) else asked[1]
+    references = asked.references if isinstance(asked, Edit) else ()
+    params = GenerationParams(
+        prompt=question.text,
+        references=tuple(picture_of(reference) for reference in references),
+        width=scene.width,
+        height=scene.height,
+        seed=question.seed,
+    )
+    kept: list[torch.Tensor] = []
+    image = pipe.generate(params, on_step=lambda step, _: kept.append(step.latents)).images[0]
+    pixels = to_pixels(image)
+    verdict = judge_edit(pixels, asked) if isinstance(asked, Edit) else judge(pixels, scene)
+    return verdict.is_right, kept[-1].double()
+
+
+if __name__ == "__main__":
+    main()
