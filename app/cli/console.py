@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -41,10 +42,14 @@ class Bar:
 
     Args:
         progress: draws it; None draws nothing.
+        lock: held while the bar goes: a log line amid that would be taken for it.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(
+        self, progress: Progress | None, lock: AbstractContextManager[object] | None = None
+    ) -> None:
         self._progress = progress
+        self._lock = lock or nullcontext()
         self._task: TaskID | None = None
         # The stage in hand, and whether its end is unknown.
         self._kind: tuple[str, bool] | None = None
@@ -88,7 +93,8 @@ class Bar:
     def end(self) -> None:
         """Take the bar away for good."""
         if self._progress is not None:
-            self._progress.stop()
+            with self._lock:
+                self._progress.stop()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -141,8 +147,14 @@ def step_progress() -> Iterator[Report]:
 @contextmanager
 def bar_and_log() -> Iterator[tuple[Bar, TextIO]]:
     """A bar, and a stream whose lines stand above it."""
+    # Reentrant: a signal may come, and be logged, while a line is written.
+    lock = threading.RLock()
     with _progress() as progress:
-        yield Bar(progress), _AboveBar(progress)
+        bar = Bar(progress, lock)
+        try:
+            yield bar, _AboveBar(progress, lock)
+        finally:
+            bar.end()
 
 
 def bytes_note(done: int, total: int) -> str:
@@ -164,8 +176,9 @@ def duration(seconds: float) -> str:
 class _AboveBar(io.StringIO):
     """A stream for the log while a bar stands on the terminal; it holds nothing itself."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, lock: AbstractContextManager[object]) -> None:
         super().__init__()
+        self._lock = lock
         self._console = progress.console
 
     def isatty(self) -> bool:
@@ -174,7 +187,8 @@ class _AboveBar(io.StringIO):
 
     def write(self, text: str) -> int:
         """Above the bar."""
-        self._console.out(text, end="", highlight=False)
+        with self._lock:
+            self._console.out(text, end="", highlight=False)
         return len(text)
 
 
