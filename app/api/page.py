@@ -75,7 +75,8 @@ def page_routes(files: dict[str, PageFile]) -> APIRouter:
     @router.get(f"{PAGE_PREFIX}{{name}}", include_in_schema=False)
     async def file(request: Request, name: str) -> Response:
         """A file that the page loads."""
-        if name not in files:
+        # Its addresses are relative to "/".
+        if name not in files or name == INDEX:
             raise NotFoundError("the page has no such file")
         return files[name].answer(request)
 

@@ -1,7 +1,7 @@
 """Where the command line's pictures come from: this process, or a service.
 
 ``contract`` says what both have in common; ``local`` loads a model, ``remote`` asks
-a service over its public API.
+a service over its public API, whose words ``answers`` reads.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ import base64
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from app.cli.console import UsageError
-from app.cli.drawing.contract import DrawingError, Drawn, Order, Watcher, step_note
+from app.cli.drawing.answers import parse_json, progress, read_event
+from app.cli.drawing.contract import DrawingError, Drawn, Order, Watcher
 from app.cli.drawing.event_stream import read_events
-from app.engine.packing import PackedPicture
 from fluxcore.version import __version__
 
 CONNECT_TIMEOUT_S = 10.0
@@ -131,9 +131,9 @@ class RemoteArtist:
         body = answer.body
         match body.get("status"):
             case "loading":
-                return f"loading {body.get('stage')}", float(body.get("progress", 0))
+                return f"loading {body.get('stage')}", progress(body)
             case "warming_up":
-                return "warming up", float(body.get("progress", 0))
+                return "warming up", progress(body)
         raise DrawingError(f"{self.url}: {answer.message}")
 
     def _refused(self, answer: _Answer) -> None:
@@ -178,13 +178,14 @@ class RemoteArtist:
 
 
 def _address(url: str) -> SplitResult:
-    address = urlsplit(url if "://" in url else f"http://{url}")
     try:
+        address = urlsplit(url if "://" in url else f"http://{url}")
         is_sound = address.scheme in ("http", "https") and bool(address.hostname)
         is_sound = is_sound and (address.port is None or address.port > 0)
+        is_sound = is_sound and address.username is None
     except ValueError:
         is_sound = False
-    if not is_sound or address.username is not None:
+    if not is_sound:
         raise UsageError(f"--server takes an address such as http://127.0.0.1:7861; got {url!r}")
     # People copy the base URL that OpenAI's clients take.
     path = address.path.rstrip("/").removesuffix("/v1")
@@ -223,7 +224,7 @@ def _base64(data: bytes) -> str:
 
 def _read(answer: http.client.HTTPResponse) -> _Answer:
     try:
-        body = json.loads(answer.read())
+        body = parse_json(answer.read())
     except ValueError:
         body = {}
     return _Answer(answer.status, body if isinstance(body, dict) else {})
@@ -231,43 +232,10 @@ def _read(answer: http.client.HTTPResponse) -> _Answer:
 
 def _watched(answer: http.client.HTTPResponse, pictures: int, watcher: Watcher) -> Drawn:
     """Follow the events of a job to its end."""
-    tell: dict[str, Callable[[dict[str, Any]], None]] = {
-        "queued": lambda data: watcher.show(
-            "waiting", left_s=data["eta_s"], note=f"at place {data['position']}"
-        ),
-        "started": lambda data: watcher.show("reading the prompt"),
-        "step": lambda data: watcher.show(
-            "drawing",
-            data["percent"] / 100,
-            data["eta_s"],
-            step_note(data["image_index"], pictures, data["step"], data["steps"]),
-        ),
-        "preview": lambda data: watcher.preview(data["image_index"], base64.b64decode(data["b64"])),
-    }
     for name, text in read_events(answer):
-        data = json.loads(text)
-        if name == "completed":
-            return _drawn(data)
-        if name == "error":
-            code = data["error"].get("code")
-            raise DrawingError(data["error"]["message"], is_wrong_order=code == "invalid_value")
-        if name in tell:
-            tell[name](data)
+        told = read_event(name, text, pictures)
+        if isinstance(told, Drawn):
+            return told
+        if told is not None:
+            told(watcher)
     raise DrawingError("the service ended before the picture was done; try again")
-
-
-def _drawn(data: dict[str, Any]) -> Drawn:
-    return Drawn(
-        pictures=tuple(
-            PackedPicture(
-                base64.b64decode(image["b64"]),
-                image["format"],
-                image["seed"],
-                image["width"],
-                image["height"],
-            )
-            for image in data["images"]
-        ),
-        timings_ms={name.removesuffix("_ms"): ms for name, ms in data["timings"].items()},
-        warnings=tuple(data["warnings"]),
-    )

@@ -111,7 +111,7 @@ def _save(session: Session, argument: str) -> None:
 def _save_one(kept: Kept, name: str | None) -> None:
     stem = f"fluxd-{kept.number if kept.seed is None else kept.seed}"
     path = Path(name).expanduser() if name else free_name(stem, Path())
-    write_png(kept.data, path)
+    write_png(kept.png, path)
     kept.is_saved = True
     say(f"${kept.number} saved as {path}")
 

@@ -38,9 +38,14 @@ class Kept:
     is_saved: bool = False
 
     @property
+    def png(self) -> bytes:
+        """Its file, as a PNG."""
+        return self.data if self.data.startswith(PNG_START) else as_png(self.picture)
+
+    @property
     def picture(self) -> Image.Image:
-        """Its pixels."""
-        return Image.open(io.BytesIO(self.data))
+        """Its pixels, upright, as they are drawn from."""
+        return read_picture(self.data, self.width * self.height)
 
 
 class Gallery:
@@ -108,15 +113,14 @@ def free_name(stem: str, directory: Path) -> Path:
     return path
 
 
-def write_png(file: bytes, path: Path) -> None:
-    """Write a picture's file as a PNG that does not exist yet.
+def write_png(data: bytes, path: Path) -> None:
+    """Write a PNG to a file that does not exist yet.
 
     Raises:
         LineError: it is there already, or cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise LineError(f"pictures are saved as PNG; give a name that ends in .png, not {path}")
-    data = file if file.startswith(PNG_START) else as_png(Image.open(io.BytesIO(file)))
     try:
         with path.open("xb") as target:
             target.write(data)

@@ -240,6 +240,17 @@ def test_tab_offers_what_may_follow(talk: Talk, tmp_path: Path) -> None:
     assert completions(session, "!load no") == ["ise.png"]
 
 
+def test_a_photo_is_shown_and_saved_upright_in_any_colours(talk: Talk) -> None:
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    Image.new("CMYK", (96, 80)).save("photo.jpg", exif=lying)
+    assert talk("!load photo.jpg") == "$0  80x96  photo.jpg\n"
+    assert talk("!save $0 photo.png") == "$0 saved as photo.png\n"
+    with Image.open("photo.png") as saved:
+        assert (saved.size, saved.mode) == ((80, 96), "RGB")
+    assert talk.session.gallery.find(0).picture.size == (80, 96)
+
+
 def test_lines_are_remembered_for_their_user_only(
     talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -195,7 +200,16 @@ def test_where_nothing_answers_is_told(start_live: StartLive) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://host", "http://", "http://host:99999", "http://user@host", "http://:80"]
+    "url",
+    [
+        "",
+        "ftp://host",
+        "http://",
+        "http://host:99999",
+        "http://user@host",
+        "http://:80",
+        "http://[::1",
+    ],
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="--server takes an address"):
@@ -205,6 +219,87 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 def test_the_base_url_of_other_clients_works(start_live: StartLive) -> None:
     live = start_live()
     assert RemoteArtist(f"{live.url}/v1/", None).url == live.url
+
+
+@dataclass
+class Stranger:
+    """A program that says it is a service and answers every job with the same bytes."""
+
+    port: int
+    status: int = 200
+    answer: bytes = b""
+
+
+@pytest.fixture
+def stranger() -> Iterator[Stranger]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(
+                200, json.dumps({"state": "ready", "model": "\x1b]0;new title\x07"}).encode()
+            )
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self._send(made.status, made.answer)
+
+        def _send(self, status: int, data: bytes) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(data)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        made = Stranger(server.server_port)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def event(name: str, data: str | dict[str, object]) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return f"event: {name}\ndata: {text}\n\n".encode()
+
+
+def completed(file: bytes, **changed: object) -> bytes:
+    image = {"b64": base64.b64encode(file).decode(), "format": "png", "seed": 1, **changed}
+    return event("completed", {"images": [image], "timings": {"total_ms": 1}, "warnings": []})
+
+
+def test_no_text_of_a_service_steers_the_terminal(stranger: Stranger) -> None:
+    artist = RemoteArtist(f"127.0.0.1:{stranger.port}", None)
+    assert artist.name.isprintable() and "new title" in artist.name
+    message = "no\x1b]52;c;cm0=\x07\u202e\x9b2J"
+    stranger.status, stranger.answer = 400, json.dumps({"error": {"message": message}}).encode()
+    with pytest.raises(DrawingError, match=r"no ]52;c;cm0=   2J"):
+        artist.draw(order("a fox"), Notes())
+    stranger.status, stranger.answer = 200, event("error", {"error": {"message": message}})
+    with pytest.raises(DrawingError, match=r"no ]52;c;cm0=   2J"):
+        artist.draw(order("a fox"), Notes())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        event("step", "{oops"),
+        event("step", {}),
+        event("step", '{"percent": 1e999, "eta_s": 1, "image_index": 0, "step": 1, "steps": 4}'),
+        event("completed", "[]"),
+        event("completed", "[" * 9999),
+        completed(b"", b64="!"),
+        completed(b"", seed="/../../x"),
+        completed(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"),
+        event("preview", {"image_index": 0, "b64": base64.b64encode(b"BM").decode()}),
+    ],
+)
+def test_an_answer_that_is_none_is_told_plainly(stranger: Stranger, answer: bytes) -> None:
+    artist = RemoteArtist(f"127.0.0.1:{stranger.port}", None)
+    stranger.answer = answer
+    with pytest.raises(DrawingError, match=r"makes no sense|is not a PNG|is empty"):
+        artist.draw(order("a fox"), Notes())
 
 
 def test_events_are_read() -> None:
