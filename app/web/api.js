@@ -70,7 +70,18 @@ export async function ask(path, { method = "GET", body, headers = {}, signal, ke
 }
 
 export async function askJson(path, options) {
-  return (await ask(path, options)).json();
+  return read(await ask(path, options), "json");
+}
+
+/** What an answer holds, as "json" or as a "blob".
+ *  @throws {ApiError} when it ends in the middle, or is not the service's. */
+export async function read(answer, kind) {
+  try {
+    return await answer[kind]();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("the service does not answer");
+  }
 }
 
 /** The events of a stream, as {name, data}; ends when the stream does, whyever that is. */

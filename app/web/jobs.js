@@ -3,7 +3,7 @@
 // An entry is kept before it is sent and carries its own name as the request's
 // Idempotency-Key: whoever reloads in the middle sends it again and draws once.
 
-import { ApiError, ask, askJson, events } from "./api.js";
+import { ApiError, ask, askJson, events, read } from "./api.js";
 import { blobOf, bodyOf, forget, isUnfinished } from "./entries.js";
 
 // A browser has six connections to one address, for all its windows together.
@@ -75,7 +75,14 @@ export class Jobs extends EventTarget {
   }
 
   async #send(entry) {
-    const body = await bodyOf(entry);
+    let body;
+    try {
+      body = await bodyOf(entry);
+    } catch {
+      // The file that was chosen has been changed or moved since.
+      const error = new ApiError("a reference cannot be read any more; choose it again", { param: "images" });
+      return void (await this.#refuse(entry, error));
+    }
     for (let attempt = 0; entry.status === "sending"; attempt += 1) {
       try {
         if (this.#service.keepsJobs === false) return await this.#drawAtOnce(entry, body);
@@ -215,7 +222,7 @@ export class Jobs extends EventTarget {
         const found = await Promise.all(
           job.images.map(async (image, index) => {
             const answer = await ask(`v1/jobs/${entry.job}/images/${index}`);
-            return { ...image, blob: await answer.blob() };
+            return { ...image, blob: await read(answer, "blob") };
           }),
         );
         await this.#complete(entry, job, found);
@@ -292,24 +299,29 @@ export class Jobs extends EventTarget {
   }
 
   #sleep(entry, ms) {
+    const { signal } = this.#stopOf(entry);
     return new Promise((go) => {
-      const timer = setTimeout(go, ms);
-      this.#stopOf(entry).signal.addEventListener("abort", () => {
+      const leave = () => {
         clearTimeout(timer);
+        signal.removeEventListener("abort", leave);
         go();
-      });
+      };
+      const timer = setTimeout(leave, ms);
+      signal.addEventListener("abort", leave);
     });
   }
 
   #until(entry, target, name, isSo = () => true) {
+    const { signal } = this.#stopOf(entry);
     return new Promise((go) => {
       const hear = () => isSo() && leave();
       const leave = () => {
         target.removeEventListener(name, hear);
+        signal.removeEventListener("abort", leave);
         go();
       };
       target.addEventListener(name, hear);
-      this.#stopOf(entry).signal.addEventListener("abort", leave);
+      signal.addEventListener("abort", leave);
     });
   }
 

@@ -22,6 +22,8 @@ export class Service extends EventTarget {
   /** Whether it wants an API key. */
   hasKeys = false;
   #timer = null;
+  // Whether to ask about keys and jobs; without a key once is enough.
+  #isToLearn = true;
 
   get isReady() {
     return this.state === "ready";
@@ -45,7 +47,7 @@ export class Service extends EventTarget {
       this.model = health.model;
       this.isBundled = health.bundled === true;
       this.defaults = health.defaults;
-      if (isBack || this.keepsJobs === null) await this.#learn();
+      if (isBack || this.#isToLearn) await this.#learn();
       this.#tell(health);
       if (health.state !== "ready") {
         wait = LOADING_LOOK_MS;
@@ -54,8 +56,11 @@ export class Service extends EventTarget {
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       wait = LOST_LOOK_MS;
-      this.#tell({ state: error.isUnreachable ? "lost" : "failed" });
+      // Only the service itself knows that it is past help; a proxy's error passes.
+      this.#tell({ state: error.body?.state ? "failed" : "lost" });
     }
+    // Two looks may have overlapped; only one goes on.
+    clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.look(), wait);
   }
 
@@ -69,12 +74,13 @@ export class Service extends EventTarget {
       else if (error.needsKey) this.hasKeys = true;
       else throw error;
     }
+    this.#isToLearn = false;
   }
 
   /** A key was given: ask again what could not be asked without. */
   async learnWithKey() {
-    await this.#learn();
-    this.dispatchEvent(new Event("change"));
+    this.#isToLearn = true;
+    await this.look();
   }
 
   #tell({ state, stage, device }) {

@@ -105,6 +105,42 @@ def test_from_the_first_visit_to_a_picture_that_stays(service: Service, visit: A
     assert entry["status"] == "completed" and entry["request"]["priority"] == "interactive"
 
 
+def test_answers_that_end_in_the_middle_are_asked_for_again(service: Service, visit: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = visit(service.url).open()
+    expect(page.locator("#model-text")).to_contain_text("fluxd-demo on")
+    # What fetch does when the connection breaks below a body: once for each kind of answer.
+    page.evaluate(
+        """() => {
+            for (const kind of ["json", "blob"]) {
+                const whole = Response.prototype[kind];
+                Response.prototype[kind] = function () {
+                    Response.prototype[kind] = whole;
+                    return Promise.reject(new TypeError("network error"));
+                };
+            }
+            document.dispatchEvent(new Event("visibilitychange"));
+        }"""
+    )
+    expect(page.locator("#model-text")).to_have_text("Not connected")
+    expect(page.locator("#model-text")).to_contain_text("fluxd-demo on")
+    draw(page, "a red circle")
+    expect(pictures(page)).to_have_count(1)
+
+
+def test_a_proxys_error_is_no_fault_of_the_service(service: Service, visit: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = visit(service.url).open()
+    expect(page.locator("#model-text")).to_contain_text("fluxd-demo on")
+    page.route("**/health", lambda route: route.fulfill(status=502, body="Bad gateway"))
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.locator("#model-text")).to_have_text("Not connected")
+    page.unroute("**/health")
+    expect(page.locator("#model-text")).to_contain_text("fluxd-demo on")
+
+
 def test_keyboard_alone_draws_looks_deletes_and_takes_back(service: Service, visit: Any) -> None:
     from playwright.sync_api import expect
 

@@ -16,7 +16,7 @@ from tests.service.fake_pipeline import FakePipeline, slow_loader
 from tests.service.processes import ROOT
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
-FILES = sorted(path.name for path in WEB.iterdir())
+FILES = sorted(path.name for path in WEB.iterdir() if path.name != "index.html")
 MOST_BYTES = 150_000
 INDEX = (WEB / "index.html").read_text(encoding="utf-8")
 
@@ -50,7 +50,10 @@ def test_every_file_comes_with_its_type_and_once_only(start: Start, name: str) -
     assert client.get(f"/page/{name}", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/..%2fmain.py", "/page/web"])
+@pytest.mark.parametrize(
+    "path",
+    ["/page/", "/page/none.js", "/page/index.html", "/page/..%2fmain.py", "/page/web"],
+)
 def test_there_is_nothing_else(start: Start, path: str) -> None:
     answer = start().get(path)
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
@@ -129,4 +132,4 @@ def test_health_tells_what_is_drawn_by_itself(start: Start) -> None:
 def test_the_package_holds_the_page() -> None:
     builder = WheelBuilder(str(ROOT))
     packed = {file.distribution_path for file in builder.recurse_included_files()}
-    assert {f"app/web/{name}" for name in FILES} <= packed
+    assert {f"app/web/{name}" for name in (*FILES, "index.html")} <= packed
