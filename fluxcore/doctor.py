@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxcore.bundled import KNOWN_PICTURE, KNOWN_PROMPT, KNOWN_SEED, bundled_model
-from fluxcore.config import read_checkpoint_config
+from fluxcore.config import CheckpointConfig, read_checkpoint_config
 from fluxcore.errors import FluxError, OutOfMemoryError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline import FluxPipeline
@@ -81,11 +81,13 @@ def checks(device: str, model: Path | None) -> Iterator[tuple[str, Check]]:
 
     Raises:
         DeviceUnavailableError: there is no such device.
+        CheckpointError: there is no such checkpoint; that is no fault of the machine.
     """
     runtime = choose_runtime(device)
+    config = read_checkpoint_config(bundled_model() if model is None else model)
     yield "versions", lambda: versions(runtime)
     yield "environment", environment
-    yield "memory", lambda: memory(runtime, model)
+    yield "memory", lambda: memory(runtime, config)
     yield "matrix products", lambda: matrix_rate(runtime)
     yield "attention", lambda: attention(runtime)
     yield "attention, permuted", lambda: permuted_attention(runtime)
@@ -137,9 +139,8 @@ def environment() -> Finding:
     return Finding(Status.WARNING, told, f"unset {' '.join(found)}")
 
 
-def memory(runtime: Runtime, model: Path | None) -> Finding:
+def memory(runtime: Runtime, config: CheckpointConfig) -> Finding:
     """What is free, and how much of the model stays on the device with that."""
-    config = read_checkpoint_config(bundled_model() if model is None else model)
     side_px = min(config.vae.sample_side_px, 512)
     found = runtime.available_bytes()
     choice = choose_residency("auto", memory_needs(config, runtime, side_px), found)

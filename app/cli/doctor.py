@@ -20,6 +20,7 @@ def examine(device: str, model: Path | None) -> bool:
 
     Raises:
         DeviceUnavailableError: there is no such device.
+        CheckpointError: there is no such checkpoint.
     """
     print(f"fluxd {__version__} looks at this machine; a minute or two.\n", flush=True)
     found: list[tuple[str, Finding]] = []
@@ -46,7 +47,8 @@ def _verdict(faults: int) -> str:
 
 
 def _block(found: list[tuple[str, Finding]]) -> list[str]:
-    """One line for each finding; paths and prompts stand in none of them."""
+    """One line for each finding; none tells whose machine it is."""
+    home = str(Path.home())
     lines = [f"fluxd {__version__} doctor"]
-    lines += [f"{finding.status:<7} {name}: {finding.detail}" for name, finding in found]
+    lines += [f"{finding.status:<7} {name}: {finding.detail.replace(home, '~')}" for name, finding in found]
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -55,6 +57,20 @@ def test_warnings_alone_end_in_0(monkeypatch: pytest.MonkeyPatch) -> None:
     status, output = run()
     assert status == 0
     assert "what to do: update" in output
+
+
+def test_a_model_that_is_not_there_is_no_fault_of_the_machine(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["doctor", "--model", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    assert "fluxd: no checkpoint directory at" in done.stderr
+    assert "```" not in done.output and "cannot be trusted" not in done.output
+
+
+def test_the_block_does_not_tell_whose_machine_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Finding(Status.FAULT, f"OSError: {Path.home() / 'lib.so'} is broken", "report it")
+    monkeypatch.setattr("app.cli.doctor.checks", lambda *_: iter([("products", lambda: fault)]))
+    _, output = run()
+    assert block(output)[1:] == [f"fault   products: OSError: {Path('~/lib.so')} is broken"]
 
 
 def test_a_device_that_is_not_there_is_told_plainly() -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fluxcore import FluxPipeline, doctor
+from fluxcore.bundled import bundled_model
+from fluxcore.config import read_checkpoint_config
 from fluxcore.doctor import Finding, Status, guarded
 from fluxcore.kernels import Kernels
 from fluxcore.runtime import Runtime, choose_runtime
@@ -175,9 +177,10 @@ def test_versions_that_are_known_to_be_bad(
 
 
 def test_memory_says_what_would_stay(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.memory(runtime, None).status is Status.OK
+    config = read_checkpoint_config(bundled_model())
+    assert doctor.memory(runtime, config).status is Status.OK
     monkeypatch.setattr(Runtime, "available_bytes", lambda self: 600 * 10**6)
-    tight = doctor.memory(runtime, None)
+    tight = doctor.memory(runtime, config)
     assert tight.status is Status.WARNING
     assert "0.6 GB of memory are free" in tight.detail
 
