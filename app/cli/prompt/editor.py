@@ -49,7 +49,7 @@ class Editor:
         Raises:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C.
-            FluxError, DrawingError: the model cannot be used.
+            FluxError, DrawingError: the model cannot be used, and all pictures are saved.
         """
         return self._prompt.prompt(pre_run=self._watch)
 
@@ -57,9 +57,8 @@ class Editor:
         session = self._session
         try:
             standing = session.artist.standing
-        except (FluxError, DrawingError):
-            # Told by whoever watches.
-            return ""
+        except (FluxError, DrawingError) as error:
+            return f" {error}"
         if standing is not None:
             return f" {standing}"
         return f" {session.artist.name}, {session.choices.described()}"
@@ -74,7 +73,9 @@ class Editor:
                     if self._session.artist.standing is None:
                         break
                 except (FluxError, DrawingError) as error:
-                    app.exit(exception=error)
+                    # Pictures would be lost; the line below tells what is wrong.
+                    if not self._session.gallery.unsaved:
+                        app.exit(exception=error)
                     return
                 app.invalidate()
                 await asyncio.sleep(REFRESH_S)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
+from app.cli.drawing import DrawingError
 from app.cli.drawing.local import LocalArtist
 from app.cli.prompt.commands import COMMANDS, help_text
 from app.cli.prompt.completion import LineCompleter
@@ -249,6 +253,21 @@ def test_a_photo_is_shown_and_saved_upright_in_any_colours(talk: Talk) -> None:
     with Image.open("photo.png") as saved:
         assert (saved.size, saved.mode) == ((80, 96), "RGB")
     assert talk.session.gallery.find(0).picture.size == (80, 96)
+
+
+def test_pictures_can_be_saved_when_nothing_can_be_drawn_any_more(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.cli.prompt.editor.user_state_path", lambda *_, **__: tmp_path)
+    talk("a fox")
+    talk.session.artist.close()
+    with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+        editor = Editor(talk.session)
+        keys.send_text("!save all\r")
+        assert editor.read() == "!save all"
+        talk("!save all")
+        with pytest.raises(DrawingError, match="cannot be used any more"):
+            editor.read()
 
 
 def test_lines_are_remembered_for_their_user_only(
