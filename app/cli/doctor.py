@@ -50,5 +50,8 @@ def _block(found: list[tuple[str, Finding]]) -> list[str]:
     """One line for each finding; none tells whose machine it is."""
     home = str(Path.home())
     lines = [f"fluxd {__version__} doctor"]
-    lines += [f"{finding.status:<7} {name}: {finding.detail.replace(home, '~')}" for name, finding in found]
+    lines += [
+        f"{finding.status:<7} {name}: {finding.detail.replace(home, '~')}"
+        for name, finding in found
+    ]
     return lines
