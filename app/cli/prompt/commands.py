@@ -15,6 +15,7 @@ from app.cli.prompt.parsing import (
     parse_wish,
     picture_number,
     read_number,
+    read_path,
     read_size,
     read_whole,
 )
@@ -110,7 +111,7 @@ def _save(session: Session, argument: str) -> None:
 
 def _save_one(kept: Kept, name: str | None) -> None:
     stem = f"fluxd-{kept.number if kept.seed is None else kept.seed}"
-    path = Path(name).expanduser() if name else free_name(stem, Path())
+    path = read_path(name) if name else free_name(stem, Path())
     write_png(kept.png, path)
     kept.is_saved = True
     say(f"${kept.number} saved as {path}")
@@ -119,7 +120,7 @@ def _save_one(kept: Kept, name: str | None) -> None:
 def _save_sheet(session: Session, name: str) -> None:
     if session.last_sheet is None:
         raise LineError("there is no sheet yet; !explore makes one")
-    path = Path(name).expanduser() if name else free_name("fluxd-sheet", Path())
+    path = read_path(name) if name else free_name("fluxd-sheet", Path())
     write_png(as_png(session.last_sheet), path)
     say(f"the sheet saved as {path}")
 
@@ -127,7 +128,7 @@ def _save_sheet(session: Session, name: str) -> None:
 def _load(session: Session, argument: str) -> None:
     if not argument:
         raise LineError("!load takes the name of a PNG, JPEG or WebP file")
-    kept = session.gallery.load(Path(argument).expanduser(), session.max_pixels)
+    kept = session.gallery.load(read_path(argument), session.max_pixels)
     session.screen.show(kept.picture)
     say(f"${kept.number}  {kept.width}x{kept.height}  {kept.origin}")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from app.settings import parse_size
 
 LAST = -1
 _SIZE = re.compile(r"\d+[x×]\d+")
-_PICTURE = re.compile(r"\$(\d*)")
+_PICTURE = re.compile(r"\$(\d{0,9})")
 
 
 class LineError(Exception):
@@ -96,6 +98,22 @@ def read_size(word: str) -> tuple[int, int]:
         return parse_size(word.replace("×", "x"))
     except ValueError as error:
         raise LineError(str(error)) from None
+
+
+def read_path(text: str) -> Path:
+    """A file's name; ~ is a home directory.
+
+    Raises:
+        LineError: no file can have it.
+    """
+    try:
+        path = Path(text).expanduser()
+        is_sound = b"\0" not in os.fsencode(path)
+    except (RuntimeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise LineError(f"no file can have the name {text!r}")
+    return path
 
 
 def read_whole(name: str, text: str) -> int:

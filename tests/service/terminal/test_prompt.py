@@ -40,6 +40,7 @@ from tests.service.terminal.test_graphics import CELL, Output
         ("a $5 bill of 10x10", Wish("a $5 bill of 10x10")),
         ("\\$5 bill", Wish("$5 bill")),
         ("$5, please", Wish("$5, please")),
+        ("$" + "9" * 5000, Wish("$" + "9" * 5000)),
         ("!Seed  42", Call("seed", "42")),
         ("!help", Call("help", "")),
         ("", None),
@@ -253,6 +254,13 @@ def test_a_photo_is_shown_and_saved_upright_in_any_colours(talk: Talk) -> None:
     with Image.open("photo.png") as saved:
         assert (saved.size, saved.mode) == ((80, 96), "RGB")
     assert talk.session.gallery.find(0).picture.size == (80, 96)
+
+
+@pytest.mark.parametrize("command", ["load", "save"])
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/fox.png", "a\0b.png", "\ud800.png"])
+def test_a_name_that_no_file_can_have_is_refused(talk: Talk, command: str, name: str) -> None:
+    talk.session.gallery.add(b"", "a fox", 1, (64, 64))
+    assert talk(f"!{command} {name}").startswith("no file can have the name ")
 
 
 def test_pictures_can_be_saved_when_nothing_can_be_drawn_any_more(
