@@ -120,7 +120,7 @@ def test_a_reference_too_long_to_draw_calls_for_a_size(
         InvalidParamsError, match=f"{fitted}.*at most 2048.*or give width"
     ) as caught:
         job(distilled, references=(picture(*size),), **fields)
-    assert caught.value.field == "references"
+    assert caught.value.field == "references[0]"
 
 
 def test_a_picture_to_paint_in_that_is_too_long_has_no_other_remedy_than_a_crop(
