@@ -25,7 +25,7 @@ const jobs = new Jobs(store, service);
 const actions = { open, reuse, reference, mark, compare: compareWith, remove, cancel, retry, dismiss };
 const gallery = new Gallery(actions);
 const viewer = new Viewer(gallery, actions);
-const references = new References((dragged) => gallery.find(dragged).picture.blob);
+const references = new References((dragged) => gallery.find(dragged)?.picture.blob);
 const composer = new Composer(service, references);
 let chosen = null;
 

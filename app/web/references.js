@@ -12,7 +12,8 @@ export class References extends EventTarget {
   #items = [];
   #mask = null;
 
-  /** @param findDragged gives the blob of a gallery's picture that was dropped here */
+  /** @param findDragged gives the blob of a gallery's picture that was dropped here; none for
+   *  one of another window */
   constructor(findDragged) {
     super();
     const file = $("reference-file");
@@ -127,8 +128,8 @@ export class References extends EventTarget {
       show(cover, false);
       if (!isPicture(event) || document.querySelector("dialog[open]")) return;
       event.preventDefault();
-      const own = event.dataTransfer.getData(DRAGGED);
-      this.add(own ? [findDragged(own)] : [...event.dataTransfer.files]);
+      const own = findDragged(event.dataTransfer.getData(DRAGGED));
+      this.add(own ? [own] : [...event.dataTransfer.files]);
     });
   }
 

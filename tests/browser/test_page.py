@@ -129,6 +129,21 @@ def test_answers_that_end_in_the_middle_are_asked_for_again(service: Service, vi
     expect(pictures(page)).to_have_count(1)
 
 
+def test_a_picture_of_another_window_is_dropped_as_its_file(service: Service, visit: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = visit(service.url).open()
+    page.evaluate(
+        """() => document.createElement("canvas").toBlob((blob) => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.setData("application/x-fluxd-picture", "of-another-window:7");
+            dataTransfer.items.add(new File([blob], "dragged.png", {type: "image/png"}));
+            document.dispatchEvent(new DragEvent("drop", {dataTransfer, cancelable: true}));
+        })"""
+    )
+    expect(page.locator(".reference")).to_have_count(1)
+
+
 def test_a_proxys_error_is_no_fault_of_the_service(service: Service, visit: Any) -> None:
     from playwright.sync_api import expect
 
