@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -51,9 +52,23 @@ def keep_compiled(directory: Path) -> None:
     """Keep what is compiled in a directory, for the next start, unless the user names another."""
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    # What lies here is run: no one else may write to it.
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours_alone(directory):
+        logger.warning(
+            "others may write to %s, and what lies there would be run: compiled networks are not "
+            "kept; run chmod go-w on it, or remove it",
+            directory,
+        )
+        return
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
+
+
+def _is_ours_alone(directory: Path) -> bool:
+    """Whether nobody else may write to a directory; always, where there are no such rights."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = directory.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def compile_block(block: nn.Module, *, sizes_vary: bool) -> None:

@@ -98,6 +98,18 @@ def test_what_is_compiled_is_kept_privately(
     assert stat.S_IMODE((tmp_path / "a" / "compiled").stat().st_mode) == 0o700
 
 
+def test_nothing_is_kept_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    keep_compiled(shared)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "chmod go-w" in caplog.text
+
+
 def test_the_runtime_says_how_networks_run() -> None:
     told = choose_runtime("cpu", "float32", cuda_graphs=24).describe()
     assert (told["precision"], told["compiled"], told["cuda_graphs"]) == ("float32", "no", "0")
