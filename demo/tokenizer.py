@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=30_000)
     parser.add_argument("--vocabulary", type=int, default=1024)
     arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists; remove it, or name another folder with --out")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     train_tokenizer(language_sample(arguments.captions), arguments.out, arguments.vocabulary)
 

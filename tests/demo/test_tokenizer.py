@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from demo.architecture import DEMO
-from demo.tokenizer import train_tokenizer
+from demo.tokenizer import main, train_tokenizer
 from fluxcore.text import PromptTokenizer
 from fluxcore.weights.qwen_tokenizer import ADDED_TOKENS
 from tests.demo.conftest import captions
@@ -65,3 +66,13 @@ def test_sizes_and_determinism(demo_tokenizer: Path, tmp_path: Path) -> None:
     assert list(added.values()) == list(range(again.size - len(ADDED_TOKENS), again.size))
     with pytest.raises(ValueError, match="at least 282; got 281"):
         train_tokenizer(captions(), tmp_path / "none", 281)
+
+
+def test_a_folder_that_exists_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "name another folder with --out" in capsys.readouterr().err
