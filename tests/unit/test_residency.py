@@ -358,12 +358,13 @@ SLACK = 130 * 10**6
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses Linux' own limits and figures")
 @pytest.mark.timeout(600)
+@pytest.mark.slow  # and what an allocator sets aside varies with how busy a machine is
 @pytest.mark.parametrize(
     ("way", "larger", "fits"),
     [
         ("low", "balanced", False),
-        pytest.param("balanced", "resident", False, marks=pytest.mark.slow),
-        pytest.param("resident", "resident", True, marks=pytest.mark.slow),
+        ("balanced", "resident", False),
+        ("resident", "resident", True),
     ],
 )
 def test_each_way_draws_within_a_hard_limit_of_what_it_needs_and_larger_ones_do_not(
