@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from demo.captions import caption
 from demo.edits import COMBINATIONS, EDITS, Edit, random_edit
 from demo.judge import CRITERIA, Verdict, judge, judge_edit, picture_of, to_pixels
 from demo.scenes import Scene, random_scene
+from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import FluxError
 
 CAPTIONS_SEED, EDITS_SEED = 20_260_101, 20_260_102
@@ -112,6 +114,25 @@ class Question:
     def text(self) -> str:
         return self.asked.instruction if isinstance(self.asked, Edit) else self.asked[0]
 
+    def params(self, steps: int) -> GenerationParams:
+        """What to ask the model for."""
+        asked = self.asked
+        scene = asked.target if isinstance(asked, Edit) else asked[1]
+        references = asked.references if isinstance(asked, Edit) else ()
+        return GenerationParams(
+            prompt=self.text,
+            references=tuple(picture_of(reference) for reference in references),
+            width=scene.width,
+            height=scene.height,
+            steps=steps,
+            seed=self.seed,
+        )
+
+    def verdict(self, image: Image.Image) -> Verdict:
+        """What is right about the picture that came."""
+        pixels, asked = to_pixels(image), self.asked
+        return judge_edit(pixels, asked) if isinstance(asked, Edit) else judge(pixels, asked[1])
+
 
 Answer = tuple[str, Verdict]
 
@@ -120,31 +141,17 @@ def answers(
     questions: Sequence[Question], device: str, arguments: argparse.Namespace
 ) -> list[Answer]:
     """Draw and judge; in a process of its own where there are several."""
-    from fluxcore import FluxPipeline, GenerationParams
-
     pipe = FluxPipeline.load(arguments.model, device=device, dtype=arguments.dtype)
     found = []
     for question in questions:
-        asked = question.asked
-        scene = asked.target if isinstance(asked, Edit) else asked[1]
-        references = asked.references if isinstance(asked, Edit) else ()
-        params = GenerationParams(
-            prompt=question.text,
-            references=tuple(picture_of(reference) for reference in references),
-            width=scene.width,
-            height=scene.height,
-            steps=arguments.steps,
-            seed=question.seed,
-        )
-        image = pipe.generate(params).images[0]
-        pixels = to_pixels(image)
-        verdict = judge_edit(pixels, asked) if isinstance(asked, Edit) else judge(pixels, scene)
+        image = pipe.generate(question.params(arguments.steps)).images[0]
+        verdict = question.verdict(image)
         found.append((question.group, verdict))
         if not verdict.is_right and arguments.wrong is not None:
             arguments.wrong.mkdir(parents=True, exist_ok=True)
             failed = "-".join(name for name in CRITERIA if not getattr(verdict, name))
             words = "".join(c if c.isalnum() else "_" for c in question.text)[:100]
-            kind = "edit" if isinstance(asked, Edit) else "draw"
+            kind = "edit" if isinstance(question.asked, Edit) else "draw"
             image.save(arguments.wrong / f"{kind}-{question.seed:04d}-{failed}-{words}.png")
     return found
 

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 
-from demo.edits import Edit
 from demo.exam import Question, held_out_captions, held_out_edits
-from demo.judge import judge, judge_edit, picture_of, to_pixels
-from fluxcore import FluxPipeline, GenerationParams
+from fluxcore import FluxPipeline
 from fluxcore.runtime.quantised import hardware_product, plain_product, quantise
 
 
@@ -56,21 +54,10 @@ def main() -> None:
 
 def drawn(pipe: FluxPipeline, question: Question) -> tuple[bool, torch.Tensor]:
     """Whether the picture is right, and its latents."""
-    asked = question.asked
-    scene = asked.target if isinstance(asked, Edit) else asked[1]
-    references = asked.references if isinstance(asked, Edit) else ()
-    params = GenerationParams(
-        prompt=question.text,
-        references=tuple(picture_of(reference) for reference in references),
-        width=scene.width,
-        height=scene.height,
-        seed=question.seed,
-    )
     kept: list[torch.Tensor] = []
+    params = question.params(steps=4)
     image = pipe.generate(params, on_step=lambda step, _: kept.append(step.latents)).images[0]
-    pixels = to_pixels(image)
-    verdict = judge_edit(pixels, asked) if isinstance(asked, Edit) else judge(pixels, scene)
-    return verdict.is_right, kept[-1].double()
+    return question.verdict(image).is_right, kept[-1].double()
 
 
 if __name__ == "__main__":
