@@ -63,10 +63,10 @@ class Settings(BaseModel):
         default="auto",
         description="Number format of the weights: auto, float32, bfloat16 or float16.",
     )
-    precision: Literal["bf16", "fp8"] = Field(
+    precision: Literal["bf16", "fp8", "int8"] = Field(
         default="bf16",
-        description="Large matrix products: bf16 (more exactly, in dtype), or fp8, which is faster "
-        "and coarser and needs a recent NVIDIA GPU.",
+        description="Large matrix products: bf16 (more exactly, in dtype), or, faster and coarser, "
+        "fp8 on a recent NVIDIA GPU and int8 on an x86-64 CPU.",
     )
     attention: Literal["plain", "fused"] = Field(
         default="plain",

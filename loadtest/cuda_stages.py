@@ -42,7 +42,7 @@ from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import Runtime, choose_runtime
 from fluxcore.runtime.attention import cudnn_attention, scored_attention
 from fluxcore.runtime.compiling import compile_block
-from fluxcore.runtime.quantised import hardware_product, quantise, round_rows
+from fluxcore.runtime.quantised import FP8, quantise
 from fluxcore.text import PromptTokenizer
 from fluxcore.weights import random_architecture as architecture
 from fluxcore.weights import weight_plan
@@ -136,11 +136,11 @@ class Bench:
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
                 weight = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
                 total["bf16"] += count * device_ms(F.linear, x, weight)
-                small, small_scale = round_rows(x)
-                large, large_scale = round_rows(weight)
+                small, small_scale = FP8.round_rows(x)
+                large, large_scale = FP8.round_rows(weight)
                 scales = (small_scale, large_scale.t().contiguous())
                 total["fp8"] += count * device_ms(
-                    hardware_product, small, scales[0], large, scales[1]
+                    FP8.product, small, scales[0], large, scales[1], torch.bfloat16
                 )
             q, k, v = torch.randn(3, 1, width // head, joint, head, device=DEVICE).bfloat16()
             attention = {"cudnn": device_ms(cudnn_attention, q, k, v, None)}
@@ -187,7 +187,7 @@ class Bench:
 
     def phase_fp8(self) -> None:
         quantised = self.fp8_transformer
-        quantise((*quantised.double_blocks, *quantised.single_blocks), hardware_product)
+        quantise((*quantised.double_blocks, *quantised.single_blocks), FP8)
         pipe = self.pipeline(compiles=True, graphs=True, transformer=quantised)
         self._measure("fp8+graphs", pipe, self.runs)
         self._distance("eager", "fp8+graphs")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
+from fluxcore.host_memory import keep_freed_memory
 from fluxcore.version import __version__
 
 if TYPE_CHECKING:
@@ -436,6 +437,7 @@ def _status_of(error: Exception) -> int | None:
 
 def main() -> None:
     """The console script."""
+    keep_freed_memory()
     cli(prog_name="fluxd")
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fluxcore.bench.operations import Attention, Convolution, Part, Product, Work
 from fluxcore.kernels import plain_attention
 from fluxcore.runtime import Runtime
-from fluxcore.runtime.quantised import MULTIPLE, hardware_product, round_rows
+from fluxcore.runtime.quantised import FORMATS, MULTIPLE
 
 BATCHES = 5
 BATCH_S = 0.01
@@ -78,11 +78,12 @@ class Rates:
         weight = self._random((part.columns, part.inner), dtype)
         yield lambda: F.linear(x, weight)
         sides_fit = part.inner % MULTIPLE == part.columns % MULTIPLE == 0
-        if self._runtime.precision == "fp8" and part.is_block and sides_fit:
-            rows, of_rows = round_rows(x)
-            columns, of_columns = round_rows(weight)
-            scales = of_columns.t().contiguous()
-            yield lambda: hardware_product(rows, of_rows, columns, scales)
+        if self._runtime.precision != "bf16" and part.is_block and sides_fit:
+            format = FORMATS[self._runtime.precision]
+            rows, of_rows = format.round_rows(x)
+            columns, of_columns = format.round_rows(weight)
+            packed, scales = format.pack(columns), of_columns.t().contiguous()
+            yield lambda: format.product(rows, of_rows, packed, scales, dtype)
 
     def _attentions(self, part: Attention) -> Iterator[Call]:
         dtypes, kernels = self._runtime.dtypes, self._runtime.kernels()

@@ -17,7 +17,12 @@ from fluxcore.config import (
 from fluxcore.errors import CheckpointConfigError, DeviceUnavailableError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
 from fluxcore.params import LARGEST_DEFAULT_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
-from fluxcore.pipeline.residency import placements, stream_layers, weights_left_out
+from fluxcore.pipeline.residency import (
+    is_of_block,
+    placements,
+    stream_layers,
+    weights_left_out,
+)
 from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import LayerStream, Runtime
 from fluxcore.text import PromptTokenizer
@@ -56,10 +61,10 @@ def load_components(
         CheckpointError: naming the file or directory at fault.
         DeviceUnavailableError: precision and residency do not go together.
     """
-    if runtime.precision == "fp8" and runtime.residency == "low":
+    if runtime.precision != "bf16" and runtime.residency == "low":
         raise DeviceUnavailableError(
-            "precision fp8 needs the transformer's weights on the device, and residency is low; "
-            "use precision bf16, or residency balanced"
+            f"precision {runtime.precision} needs the transformer's weights on the device, and "
+            "residency is low; use precision bf16, or residency balanced"
         )
     config = read_checkpoint_config(path)
     tokenizer = PromptTokenizer(path / "tokenizer")
@@ -94,9 +99,9 @@ def load_components(
         places["transformer"],
         progress,
         left_out["transformer"],
+        lambda network, name: runtime.quantise(network, name) if is_of_block(name) else 0,
     )
     stream = stream_layers(path, config, runtime, encoder, transformer)
-    freed_bytes = runtime.quantise((*transformer.double_blocks, *transformer.single_blocks))
     reports = (vae_report, encoder_report, transformer_report)
     distilled = config.is_distilled
     info = ModelInfo(
@@ -109,8 +114,7 @@ def load_components(
         default_guidance=None if distilled else BASE_GUIDANCE,
         parameters={report.component: report.parameters for report in reports},
         weight_bytes=sum(report.placed_bytes for report in reports)
-        + (0 if stream is None else stream.device_bytes)
-        - freed_bytes,
+        + (0 if stream is None else stream.device_bytes),
         load=reports,
     )
     return Components(info, config, tokenizer, encoder, transformer, vae, stream)

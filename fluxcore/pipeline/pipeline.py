@@ -171,7 +171,7 @@ class FluxPipeline:
             conditioning_cache_bytes: bound of the text-embedding cache.
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
-            precision: bf16, which multiplies in dtype, or fp8.
+            precision: bf16, which multiplies in dtype, or fp8 (CUDA) or int8 (CPU).
             attention: plain, or fused, which differs on CUDA only.
             compile_networks: auto, on or off. The first picture waits for the compiler.
             compiled_store: directory in which compiled code outlives the process; None leaves

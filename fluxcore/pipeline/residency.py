@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight", "final_norm.weight")
 EMBEDDING = "embedding"
+BLOCKS = ("double_blocks.", "single_blocks.")
+"""Beginnings of the transformer's parameters of which the matrices may be in eight bits."""
 STREAM_BUFFERS = 2
 HOST_SHARE = 0.7
 """Of the host's free memory, what layers may take that are kept there for a CUDA device."""
@@ -43,6 +45,11 @@ def placements(runtime: Runtime) -> dict[str, Placement]:
         "text_encoder": Placement(device, dtypes.weights, wide=RESIDUAL_NORMS, wide_dtype=residual),
         "transformer": Placement(device, dtypes.weights),
     }
+
+
+def is_of_block(parameter: str) -> bool:
+    """Whether it is one of the transformer's that a lower precision is for."""
+    return parameter.startswith(BLOCKS)
 
 
 def streamed_names(config: CheckpointConfig, residency: Residency) -> dict[str, list[str]]:
@@ -131,8 +138,10 @@ def weight_bytes(config: CheckpointConfig, runtime: Runtime, residency: Residenc
     for part in (config.vae, config.text_encoder, config.transformer):
         name = next(key for key in places if getattr(config, key) is part)
         plan, place = weight_plan(part), places[name]
+        small = part is config.transformer and runtime.precision != "bf16"
         sizes = {
-            parameter: plan.elements(parameter) * place.dtype_of(parameter).itemsize
+            parameter: plan.elements(parameter)
+            * (1 if small and is_of_block(parameter) else place.dtype_of(parameter).itemsize)
             for parameter in plan.parts
         }
         away = left_out.get(name, ())

@@ -1,14 +1,15 @@
 """The device and how it is treated: the only package that asks which device it is.
 
-Owns the choice of device, dtypes, attention and residency, compiling, CUDA graphs and fp8,
-the streaming of layers, memory figures, out-of-memory recognition and stage timing. Knows
-nothing of prompts or pictures.
+Owns the choice of device, dtypes, attention and residency, compiling, CUDA graphs, products in
+eight bits, the streaming of layers, memory figures, out-of-memory recognition and stage timing.
+Knows nothing of prompts or pictures.
 """
 
 from fluxcore.runtime.compiling import Compile, keep_compiled
-from fluxcore.runtime.device import AttentionChoice, Precision, Runtime, choose_runtime
+from fluxcore.runtime.device import AttentionChoice, Runtime, choose_runtime
 from fluxcore.runtime.dtypes import DtypePolicy
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
+from fluxcore.runtime.quantised import Precision
 from fluxcore.runtime.residency import WAYS, Choice, Residency, choose_residency
 from fluxcore.runtime.streaming import LayerStream, StreamedLayer
 from fluxcore.runtime.timing import StageTimes

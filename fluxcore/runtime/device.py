@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxcore.errors import DeviceUnavailableError
+from fluxcore.host_memory import give_back_freed_memory
 from fluxcore.kernels import Attention, Kernels, plain_attention
 from fluxcore.runtime.attention import (
     chunked_attention,
@@ -27,10 +28,9 @@ from fluxcore.runtime.compiling import Compile, compile_block, compiles
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes, dtype_name
 from fluxcore.runtime.graphs import CudaRecorder, Graphs
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes
-from fluxcore.runtime.quantised import check_fp8, hardware_product, quantise
+from fluxcore.runtime.quantised import FORMATS, Precision, check_precision, quantise_layer
 from fluxcore.runtime.residency import Residency
 
-Precision = Literal["bf16", "fp8"]
 AttentionChoice = Literal["plain", "fused"]
 
 KINDS = ("mps", "cuda", "cpu")
@@ -50,7 +50,7 @@ class Runtime:
         residency: how much of the model stays on the device.
         capability: of a CUDA GPU; None elsewhere.
         precision: what the transformer's large products are multiplied in: the dtype of the
-            weights (``bf16``), or fp8.
+            weights (``bf16``), fp8 or int8.
         attention: ``plain``, or ``fused``: the faster forms for CUDA.
         compiles: whether networks are compiled.
         graphs: recordings of what networks launch; None where there are none.
@@ -86,9 +86,11 @@ class Runtime:
             plain_attention if self.dtypes.vae == torch.float32 else wide_attention,
         )
 
-    def quantise(self, blocks: Iterable[nn.Module]) -> int:
-        """Put the matrices of some blocks into fp8, where that is asked for; bytes freed."""
-        return quantise(blocks, hardware_product) if self.precision == "fp8" else 0
+    def quantise(self, network: nn.Module, parameter: str) -> int:
+        """Put a matrix into eight bits, where that is asked for and can be; bytes freed."""
+        if self.precision == "bf16":
+            return 0
+        return quantise_layer(network, parameter, FORMATS[self.precision])
 
     def compile_blocks(self, blocks: Iterable[nn.Module], *, sizes_vary: bool = True) -> None:
         """Compile blocks of one kind, where networks are compiled; the work is that of one.
@@ -169,6 +171,8 @@ class Runtime:
             torch.cuda.empty_cache()
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+        else:
+            give_back_freed_memory()
 
     def describe(self) -> dict[str, str]:
         """What to log at start and to put into a bug report."""
@@ -180,7 +184,7 @@ class Runtime:
             "residual_dtype": dtype_name(residual),
             "vae_dtype": dtype_name(self.dtypes.vae),
             "residency": self.residency,
-            "precision": self.precision if self.precision == "fp8" else self.dtypes.name,
+            "precision": self.dtypes.name if self.precision == "bf16" else self.precision,
             "attention": self.attention,
             "compiled": "yes" if self.compiles else "no",
             "cuda_graphs": str(0 if self.graphs is None else self.graphs.limit),
@@ -206,7 +210,7 @@ def choose_runtime(
         device: ``auto`` (the first there is of mps, cuda, cpu), ``mps``, ``cuda``,
             ``cuda:N`` or ``cpu``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        precision: ``bf16``, which multiplies in dtype, or ``fp8``.
+        precision: ``bf16``, which multiplies in dtype, ``fp8`` or ``int8``.
         attention: ``plain`` or ``fused``; has no effect but on CUDA.
         compile_networks: ``auto``, ``on`` or ``off``.
         cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
@@ -235,8 +239,9 @@ def choose_runtime(
     dtypes = choose_dtypes(kind, dtype, chip)
     place = torch.device(device)
     capability = torch.cuda.get_device_capability(place) if kind == "cuda" else None
-    if precision == "fp8":
-        check_fp8(kind, dtypes.weights, capability)
+    check_precision(precision, kind, dtypes.weights, capability)
+    if precision == "int8" and compile_networks == "on":
+        raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
     return Runtime(
         device=place,
         kind=kind,

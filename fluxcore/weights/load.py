@@ -99,6 +99,7 @@ def load_component(
     placement: Placement,
     progress: Callable[[LoadProgress], None] | None = None,
     left_out: tuple[str, ...] = (),
+    settle: Callable[[nn.Module, str], int] | None = None,
 ) -> tuple[Network, LoadReport]:
     """Build a network and fill every parameter from ``directory``.
 
@@ -107,6 +108,8 @@ def load_component(
         plan: which published tensors make which parameter.
         directory: the component's directory, named as in the published layout.
         left_out: beginnings of parameters' names that are not to be read, nor placed.
+        settle: called with the network and the name of each parameter once it is filled; may
+            put something smaller in its place, and returns the bytes freed.
 
     Raises:
         CheckpointNotFoundError: no weights there.
@@ -128,7 +131,8 @@ def load_component(
         value = _place(tensors, placement, placement.dtype_of(name))
         _assign(network, name, value)
         done += sum(tensor.bytes for tensor in tensors)
-        placed += value.nbytes
+        placed += value.nbytes - (0 if settle is None else settle(network, name))
+        del value
         if progress is not None:
             progress(LoadProgress(component, done, total))
     empty = {name for name, tensor in _tensors(network) if tensor.is_meta} - plan.parts.keys()

@@ -15,7 +15,7 @@ from fluxcore.kernels import plain_attention
 from fluxcore.pipeline import DenoiseStep
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
-from fluxcore.runtime.quantised import hardware_product, plain_product, round_rows
+from fluxcore.runtime.quantised import FP8, plain_product
 
 pytestmark = [
     pytest.mark.device,
@@ -138,10 +138,11 @@ def test_fp8_draws_nearly_the_same(plain: FluxPipeline, tiny_checkpoint: Path) -
 def test_fp8_products_are_those_of_the_plain_form(rows: int, n: int, k: int) -> None:
     x = torch.randn(rows, k, device="cuda").bfloat16() * 30
     weight = torch.randn(n, k, device="cuda").bfloat16() / 30
-    (x8, x_scale), (weight8, weight_scale) = round_rows(x), round_rows(weight)
+    (x8, x_scale), (weight8, weight_scale) = FP8.round_rows(x), FP8.round_rows(weight)
     args = (x8, x_scale, weight8, weight_scale.t().contiguous())
-    assert _relative(hardware_product(*args), plain_product(*args)) < 5e-3
-    assert _relative(hardware_product(*args), x.double() @ weight.double().t()) < 0.06
+    product = FP8.product(*args, torch.bfloat16)
+    assert _relative(product, plain_product(*args, torch.bfloat16)) < 5e-3
+    assert _relative(product, x.double() @ weight.double().t()) < 0.06
 
 
 def test_the_gpu_s_own_attention_is_right() -> None:

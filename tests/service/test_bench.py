@@ -18,7 +18,7 @@ from app.cli.bench_chart import COLOURS, TOP_PX, draw_chart
 from fluxcore import FluxPipeline
 from fluxcore.bench import Rates, Spread
 from fluxcore.bench.operations import Attention, Convolution, Product, Work, operations
-from fluxcore.runtime.quantised import FP8, plain_product
+from fluxcore.runtime.quantised import FORMATS, PLAIN_FP8
 
 SPANS = ["tokenise", "text", "text, cached", "step 1", "step 2", "vae", "host copy", "pack"]
 
@@ -149,22 +149,22 @@ def test_parts_are_timed_once_and_summed(tiny_pipeline: FluxPipeline) -> None:
     assert rates.teraflops(work) == pytest.approx(operations(work) / expected / 1e9)
 
 
-def test_blocks_in_fp8_have_a_floor_of_their_own(
+def test_blocks_in_eight_bits_have_a_floor_of_their_own(
     tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
 
     def product(*factors: Tensor) -> Tensor:
         shapes.append((factors[0].shape, factors[2].shape, factors[0].dtype))
-        return plain_product(*factors)
+        return PLAIN_FP8.product(*factors)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fluxcore.bench.rates.hardware_product", product)
+    monkeypatch.setitem(FORMATS, "fp8", replace(PLAIN_FP8, product=product))
     rates = Rates(replace(tiny_pipeline.runtime, precision="fp8"))
     for part in (Product(8, 32, 48), Product(8, 40, 48, is_block=True)):
         rates.milliseconds(part)
     assert shapes == []
     rates.milliseconds(Product(8, 32, 48, is_block=True))
-    assert set(shapes) == {((8, 32), (48, 32), FP8)}
+    assert set(shapes) == {((8, 32), (48, 32), PLAIN_FP8.dtype)}
 
 
 def test_a_spread_is_of_all_values() -> None:

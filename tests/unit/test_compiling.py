@@ -21,7 +21,7 @@ from fluxcore.models.flux2 import DoubleBlock, Modulation, SingleBlock
 from fluxcore.runtime import choose_runtime, keep_compiled
 from fluxcore.runtime.attention import cudnn_attention, wide_attention
 from fluxcore.runtime.compiling import compile_block, compiles
-from fluxcore.runtime.quantised import hardware_product, quantise
+from fluxcore.runtime.quantised import FP8, quantise
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_one_form_serves_all_sizes_with_the_gpu_s_own_operations(precision: str)
     for block in (double, single):
         block.bfloat16().requires_grad_(False)
         if precision == "fp8":
-            quantise([block], hardware_product)
+            quantise([block], FP8)
         block.compile(fullgraph=True, dynamic=True, backend="eager")
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]

@@ -1,9 +1,10 @@
-"""What fp8 does to the bundled model's pictures: each is drawn in bfloat16 and in fp8, and judged.
+"""What eight bits do to the bundled model's pictures: each is drawn in both, and judged.
 
-    python loadtest/fp8_quality.py --captions 300 --edits 90
+    python loadtest/precision_quality.py --precision int8 --captions 300 --edits 90
 
-The same held-out captions, edits and seeds as in ``demo.exam``. On a CPU fp8 products are the
-plain form's: the same rounded values, multiplied in float32. The last line is JSON.
+The same held-out captions, edits and seeds as in ``demo.exam``; the other pictures are drawn in
+bfloat16. On a CPU fp8 products are the plain form's: the same rounded values, multiplied in
+float32. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import argparse
 import json
 import statistics
 import time
-from typing import Any
+from collections import Counter
 
 import torch
 
 from demo.exam import Question, held_out_captions, held_out_edits
 from fluxcore import FluxPipeline
-from fluxcore.runtime.quantised import hardware_product, plain_product, quantise
+from fluxcore.runtime.quantised import FORMATS, PLAIN_FP8, quantise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", choices=list(FORMATS), default="fp8")
     parser.add_argument("--captions", type=int, default=300)
     parser.add_argument("--edits", type=int, default=90)
     parser.add_argument("--device", default="cpu")
@@ -30,22 +32,23 @@ def main() -> None:
     args = parser.parse_args()
     exact, rough = (FluxPipeline.load(device=args.device, dtype="bfloat16") for _ in "ab")
     blocks = (*rough.transformer.double_blocks, *rough.transformer.single_blocks)
-    quantise(blocks, plain_product if args.device == "cpu" else hardware_product)
+    is_plain = (args.precision, args.device) == ("fp8", "cpu")
+    quantise(blocks, PLAIN_FP8 if is_plain else FORMATS[args.precision])
     captions = [Question(*numbered) for numbered in enumerate(held_out_captions(args.captions))]
     edits = [Question(*numbered) for numbered in enumerate(held_out_edits(args.edits))]
     # Mixed, so that a run that ends early has seen both.
     share = len(captions) / max(1, len(edits))
     order = {id(q): q.seed for q in captions} | {id(q): q.seed * share for q in edits}
-    found: dict[str, Any] = {"pictures": 0, "bf16": 0, "fp8": 0, "bf16 only": 0, "fp8 only": 0}
+    found: Counter[str] = Counter()
     distances = []
     end_s = time.monotonic() + args.seconds
     for question in sorted((*captions, *edits), key=lambda q: order[id(q)]):
         (is_right, latents), (is_still, others) = (drawn(p, question) for p in (exact, rough))
         found["pictures"] += 1
         found["bf16"] += is_right
-        found["fp8"] += is_still
+        found[args.precision] += is_still
         found["bf16 only"] += is_right and not is_still
-        found["fp8 only"] += is_still and not is_right
+        found[f"{args.precision} only"] += is_still and not is_right
         distances.append(float((latents - others).norm() / latents.norm()))
         if time.monotonic() > end_s:
             break
