@@ -73,18 +73,18 @@ class Learner(nn.Module):
         at_a_time = max(1, ENCODED_PIXELS // pixels[0, 0].numel())
         return torch.cat([pack(self.encoder.encode(part)) for part in pixels.split(at_a_time)])
 
-    def conditioning(self, ids: Tensor, count: Tensor) -> Tensor:
-        """Shapes: [B, L], [B] -> [B, L, 3 D]."""
-        return self.text_encoder(ids, count)  # type: ignore[no-any-return]
+    def text_tokens(self, ids: Tensor, count: Tensor) -> Tensor:
+        """Prompts as the transformer takes them. Shapes: [B, L], [B] -> [B, L, D]."""
+        return self.transformer.text_tokens(self.text_encoder(ids, count))
 
     def velocity(
-        self, noisy: Tensor, references: Sequence[Tensor], text: Tensor, t: Tensor, kind: Kind
+        self, noisy: Tensor, references: Sequence[Tensor], txt: Tensor, t: Tensor, kind: Kind
     ) -> Tensor:
-        """Shapes: noisy and each reference [B, L, C], text [B, L_txt, 3 D], t [B] -> [B, L, C]."""
+        """Shapes: noisy and each reference [B, L, C], txt [B, L_txt, D], t [B] -> [B, L, C]."""
         img = torch.cat((noisy, *references), dim=1)
         modulation = self._modulation(t)
-        pe = self._rope(kind, text.shape[1], len(references), noisy.device)
-        return self.transformer(img, text, modulation, pe, noisy.shape[1])  # type: ignore[no-any-return]
+        pe = self._rope(kind, txt.shape[1], len(references), noisy.device)
+        return self.transformer(img, txt, modulation, pe, noisy.shape[1])  # type: ignore[no-any-return]
 
     def _modulation(self, t: Tensor) -> Modulation:
         """As ``Flux2Transformer.modulation``, but one noise level for each example."""
@@ -140,13 +140,13 @@ class Learner(nn.Module):
         levels = sigmas("flux", steps, noise.shape[1], 2.0)
         latents = noise
         with autocast(noise.device):
-            text = self.conditioning(ids, count)
+            txt = self.text_tokens(ids, count)
             unguided = None
             if guidance > 1 and empty is not None:
-                unguided = self.conditioning(*empty).expand_as(text)
+                unguided = self.text_tokens(*empty).expand_as(txt)
             for level, following in pairwise(levels):
                 t = torch.full((len(noise),), level, device=noise.device)
-                velocity = self.velocity(latents, references, text, t, kind).float()
+                velocity = self.velocity(latents, references, txt, t, kind).float()
                 if unguided is not None:
                     other = self.velocity(latents, references, unguided, t, kind).float()
                     velocity = other + guidance * (velocity - other)

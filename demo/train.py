@@ -85,9 +85,9 @@ def velocity_loss(
     batch, level = lesson.batch, t[:, None, None]
     noisy = (1 - level) * clean + level * noise
     with autocast(clean.device):
-        text = learner.conditioning(batch.ids, batch.count)
+        txt = learner.text_tokens(batch.ids, batch.count)
         given = [reference.float() for reference in lesson.references]
-        velocity = learner.velocity(noisy, given, text, t, batch.kind)
+        velocity = learner.velocity(noisy, given, txt, t, batch.kind)
     return (velocity.float() - (noise - clean)).square().mean()
 
 

@@ -81,13 +81,15 @@ def stage_work(config: CheckpointConfig, width: int, height: int, steps: int) ->
         width, height: pixels.
 
     Returns:
-        ``text``: one prompt. ``schedule``: the modulation vectors of all steps. ``step``: one
-        pass of the transformer. ``vae``: the decoder.
+        ``text``: one prompt. ``text tokens``: its embeddings as the transformer takes them.
+        ``schedule``: the modulation vectors of all steps. ``step``: one pass of the
+        transformer. ``vae``: the decoder.
     """
     pixels = config.vae.pixels_per_token
     rows, columns = height // pixels, width // pixels
     return {
         "text": text_work(config.text_encoder),
+        "text tokens": text_tokens_work(config.transformer),
         "schedule": schedule_work(config.transformer, steps),
         "step": step_work(config.transformer, rows * columns),
         "vae": decoder_work(config.vae, rows, columns),
@@ -112,6 +114,11 @@ def text_work(config: Qwen3Config) -> Work:
         Product(tokens, config.mlp_width, width),
     ]
     return _times(config.used_layers, layer)
+
+
+def text_tokens_work(config: TransformerConfig) -> Work:
+    """The transformer's projection of one prompt's embeddings, done once a picture."""
+    return Counter([Product(TEXT_TOKENS, config.text_width, config.width)])
 
 
 def schedule_work(config: TransformerConfig, steps: int) -> Work:
@@ -145,7 +152,6 @@ def step_work(config: TransformerConfig, image_tokens: int) -> Work:
     ]
     ends = [
         Product(image_tokens, config.in_channels, width),
-        Product(TEXT_TOKENS, config.text_width, width),
         Product(image_tokens, width, config.out_channels),
     ]
     blocks = _times(config.double_blocks, double) + _times(config.single_blocks, single)

@@ -94,7 +94,7 @@ def measure_size(
     """
     job = pipe.prepare(params)
     width, height, steps = job.params.width, job.params.height, job.params.steps
-    passes = steps * (1 if job.params.guidance is None else 2)
+    prompts = 1 if job.params.guidance is None else 2
     copy_ms = rates.host_copy_ms(width, height)
     pipe.runtime.reset_peak()
     first = _one_run(pipe, params, pack, copy_ms)
@@ -108,8 +108,12 @@ def measure_size(
 
     work = stage_work(pipe.config, width, height, steps)
     stages = {
-        "text": [(work["text"], 1 if job.params.guidance is None else 2)],
-        "denoise": [(work["schedule"], 1), (work["step"], passes)],
+        "text": [(work["text"], prompts)],
+        "denoise": [
+            (work["text tokens"], prompts),
+            (work["schedule"], 1),
+            (work["step"], steps * prompts),
+        ],
         "vae": [(work["vae"], 1)],
     }
     floor = {

@@ -1,8 +1,9 @@
 """The FLUX.2 transformer: noisy image tokens and conditioning to velocity.
 
 Works on token sequences; knows nothing of images, prompts or schedules.
-Everything that depends only on the schedule enters as ``Modulation``, computed
-for all steps at once by ``Flux2Transformer.modulation``.
+What is the same in all steps, or known before the first, is computed apart:
+``Flux2Transformer.modulation`` gives what depends only on the schedule, for all
+steps at once, ``Flux2Transformer.text_tokens`` what depends only on the text.
 
 Source: diffusers models/transformers/transformer_flux2.py; black-forest-labs/flux2
 src/flux2/model.py.
@@ -181,8 +182,9 @@ class SingleBlock(nn.Module):
 class Flux2Transformer(nn.Module):
     """Velocity of the image tokens.
 
-    Shapes: img [B, L_img, C] (noisy tokens, then references), txt [B, L_txt, 3 D_text],
-    pe for [txt, img] -> [B, L_out, C], the first ``out_tokens`` of img.
+    Shapes: img [B, L_img, C] (noisy tokens, then references), txt [B, L_txt, D] as
+    ``text_tokens`` gives it, pe for [txt, img] -> [B, L_out, C], the first ``out_tokens``
+    of img.
     """
 
     def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
@@ -216,11 +218,18 @@ class Flux2Transformer(nn.Module):
         of_all = Modulation.of_rows(rows.transpose(0, 1))
         return [Modulation(*(part[:, i] for part in of_all)) for i in range(len(t))]
 
+    def text_tokens(self, embeddings: Tensor) -> Tensor:
+        """Text embeddings as the blocks take them, the same in every step.
+
+        Shapes: embeddings [B, L_txt, 3 D_text] -> [B, L_txt, D] in the residual stream's dtype.
+        Differs from diffusers: once a picture, not in each step.
+        """
+        return self.kernels.residual(wide_linear(embeddings, self.txt_in))  # [B, L_txt, D]
+
     def forward(
         self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope, out_tokens: int
     ) -> Tensor:
         img = self.kernels.residual(self.img_in(img))  # [B, L_img, D]
-        txt = self.kernels.residual(wide_linear(txt, self.txt_in))  # [B, L_txt, D]
         for block in self.double_blocks:
             img, txt = block(img, txt, mod, pe)
         x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]

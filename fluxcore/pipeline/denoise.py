@@ -98,6 +98,8 @@ def denoise(
     total = len(sigmas) - 1
     levels = torch.tensor(sigmas[start_step:-1], dtype=torch.float32)
     modulations = transformer.modulation(levels.to(inputs.noise.device))
+    positive = transformer.text_tokens(inputs.positive)
+    negative = None if inputs.negative is None else transformer.text_tokens(inputs.negative)
     inpainting = inputs.inpainting
     latents = inputs.noise
     if inpainting is not None:
@@ -109,9 +111,9 @@ def denoise(
         img = before if inputs.references is None else torch.cat((before, inputs.references), dim=1)
         # One layout in every step, so that one compiled or recorded form serves all of them.
         img = img.contiguous()
-        velocity = velocity_of(img, inputs.positive, modulation, inputs.pe, tokens)
-        if inputs.negative is not None:
-            unguided = velocity_of(img, inputs.negative, modulation, inputs.pe, tokens)
+        velocity = velocity_of(img, positive, modulation, inputs.pe, tokens)
+        if negative is not None:
+            unguided = velocity_of(img, negative, modulation, inputs.pe, tokens)
             velocity = unguided + inputs.guidance * (velocity - unguided)
         latents = euler_step(before, velocity, sigmas[i], sigmas[i + 1])
         if inpainting is not None:

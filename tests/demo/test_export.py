@@ -95,7 +95,7 @@ def test_the_networks_learn(demo_tokenizer: Path) -> None:
     """Gradients reach every parameter, through the modules as they are built for training."""
     transformer, encoder, vae = build_modules(DEMO)
     ids = torch.arange(24).reshape(1, -1)
-    txt = encoder(ids, torch.tensor([20]))  # [1, 24, 3 D]
+    txt = transformer.text_tokens(encoder(ids, torch.tensor([20])))  # [1, 24, D]
     latents = vae.encode(torch.rand(1, 3, 64, 64))  # [1, C, 4, 4]
     img = latents.flatten(2).transpose(1, 2)  # [1, 16, C]
     angles = torch.zeros(40, 64)

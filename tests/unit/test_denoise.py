@@ -95,6 +95,33 @@ def test_the_same_negative_as_positive_changes_nothing(
     assert torch.allclose(alone, guided, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompts", [1, 2], ids=["plain", "guided"])
+def test_each_prompt_is_projected_once_a_picture(
+    tiny_pipeline: FluxPipeline, inputs: DenoiseInputs, prompts: int
+) -> None:
+    """And the velocity is that of the projection made anew in each step."""
+    transformer, seen = tiny_pipeline.transformer, []
+    if prompts == 2:
+        inputs = replace(inputs, negative=random(1, 512, 192, seed=2), guidance=3.0)
+    hook = transformer.txt_in.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    steps = run(tiny_pipeline, inputs)
+    hook.remove()
+    given = [inputs.positive, inputs.negative][:prompts]
+    assert len(seen) == prompts and all(a is b for a, b in zip(seen, given, strict=True))
+    modulations = transformer.modulation(torch.tensor(LEVELS[:-1]))
+    for step, modulation in zip(steps, modulations, strict=True):
+        velocities = [
+            transformer(
+                step.latents_before, transformer.text_tokens(text), modulation, inputs.pe, 16
+            )
+            for text in seen
+        ]
+        expected = velocities[-1]
+        if prompts == 2:
+            expected = expected + inputs.guidance * (velocities[0] - expected)
+        assert torch.equal(step.velocity, expected)
+
+
 def test_references_are_seen_and_never_moved(
     tiny_pipeline: FluxPipeline, inputs: DenoiseInputs
 ) -> None:
