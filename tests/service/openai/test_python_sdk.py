@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -160,7 +159,7 @@ def test_a_client_that_gives_up_leaves_no_work_behind(start_live: StartLive) -> 
         client.images.generate(prompt="too slow")
     wait_until(lambda: live.engine.status().running == 1)
     # The job ends at its next slice, without having been drawn.
-    time.sleep(0.2)
+    wait_until(lambda: live.engine._scheduler.active[0].cancelled is not None)
     pipeline.gate.set()
     wait_until(lambda: pipeline.abandoned == ["too slow"])
     assert pipeline.ended == []
