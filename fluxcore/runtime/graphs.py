@@ -1,8 +1,8 @@
 """CUDA graphs: a network's launches recorded once per shape, and played back at once.
 
 Owns the recordings, their number and their memory. A call on a shape that is new runs
-as it is and is then recorded; later calls copy their inputs to where the recording
-expects them, play it, and copy the result out. The kernels are the same ones in the
+as it is, on the tensors that the recording will read, and is then recorded; later calls
+copy their inputs to them, play the recording, and copy the result out. The kernels are the same ones in the
 same order, so the result is the same bit for bit. Knows nothing of networks.
 
 Source of the rules (fixed addresses, one memory pool for graphs that never run at the
@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -90,11 +91,10 @@ class Graphs:
         assert all(tensor.is_contiguous() for tensor in tensors), "one layout for each shape"
         key = (function, form, *(_kind(leaf) for leaf in leaves))
         found = self._kept.get(key)
+        if key in self._refused:
+            return function(*args)
         if found is None:
-            result = function(*args)
-            if key not in self._refused:
-                self._add(key, function, leaves, form)
-            return result
+            return self._add(key, function, leaves, form)
         self._kept.move_to_end(key)
         for place, tensor in zip(found.inputs, tensors, strict=True):
             place.copy_(tensor)
@@ -103,20 +103,26 @@ class Graphs:
 
     def _add(
         self, key: tuple[Any, ...], function: Function, leaves: list[Any], form: TreeSpec
-    ) -> None:
-        """Record a call that has just run, so that all that it needs is in place."""
+    ) -> Any:
+        """Run a call, so that all that it needs is in place, and record it; what it gave.
+
+        It runs on the recording's own inputs: a compiler makes another form for tensors that
+        lie otherwise in memory, and none can be made while recording.
+        """
         while len(self._kept) >= self.limit:
             self._kept.popitem(last=False)
         places = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args = tree_unflatten(places, form)
+        first = function(*args)
         try:
             result, play = self._record(lambda: function(*args))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # too little memory, or an operation that cannot be recorded
             self._refused.add(key)
-            logger.warning("too little memory for a CUDA graph; this shape runs without one")
-            return
+            logger.warning("no CUDA graph for this shape, which is drawn without: %s", error)
+            return first
         inputs = [place for place in places if isinstance(place, Tensor)]
         self._kept[key] = _Recording(inputs, result, play)
+        return first
 
 
 def _kind(leaf: Any) -> Any:
@@ -125,22 +131,26 @@ def _kind(leaf: Any) -> Any:
 
 
 class CudaRecorder:
-    """Records into graphs that share one pool of memory, as they never run at the same time."""
+    """Records into graphs that share one pool of memory, as they never run at the same time.
+
+    The pool lives as long as one of them does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._made: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         with torch.cuda.device(self._device):
             if self._stream is None:
-                self._pool = torch.cuda.graph_pool_handle()
                 self._stream = torch.cuda.Stream()
+            pool = next((graph.pool() for graph in self._made), None)
             graph = torch.cuda.CUDAGraph()
             # Other threads may ask for memory figures meanwhile.
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 result = function()
+        self._made.add(graph)
         return result, graph.replay
