@@ -82,7 +82,7 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
             conditioning_store=settings.conditioning_store_path,
             conditioning_store_bytes=settings.conditioning_store_bytes,
             precision=settings.precision,
-            attention=settings.attention,
+            kernels=settings.kernels,
             compile_networks=settings.compile,
             compiled_store=settings.compiled_store_path,
             cuda_graphs=settings.cuda_graphs,

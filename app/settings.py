@@ -68,10 +68,10 @@ class Settings(BaseModel):
         description="Large matrix products: bf16 (more exactly, in dtype), or, faster and coarser, "
         "fp8 on a recent NVIDIA GPU and int8 on an x86-64 CPU.",
     )
-    attention: Literal["plain", "fused"] = Field(
-        default="plain",
-        description="plain: as PyTorch chooses; fused: on NVIDIA GPUs, cuDNN's from Hopper on, and "
-        "the VAE's as two products.",
+    kernels: Literal["auto", "plain", "fused"] = Field(
+        default="auto",
+        description="CUDA only: plain: PyTorch's kernels; fused, which is auto: fluxd's own in "
+        "Triton, and, from Hopper on, cuDNN's attention.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="off",

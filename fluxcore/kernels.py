@@ -25,6 +25,32 @@ query heads means grouped queries.
 """
 
 
+Modulate = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(x, shift, factor, eps) -> as ``fluxcore.models.flux2.modulate``."""
+JointHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""(streams, pe) -> as ``fluxcore.models.flux2.joint_heads``."""
+GroupedHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""(qkv, q_norm, k_norm, heads, rope) -> as ``fluxcore.models.qwen3.grouped_heads``."""
+Normed = Callable[..., Tensor]
+"""(x, norm, silu=True) -> as ``fluxcore.models.vae.normed``."""
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value; for float16 in float32, because the product passes float16's range."""
+    if gate.dtype != torch.float16:
+        return F.silu(gate) * value
+    return F.silu(gate.float()) * value
+
+
+def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
+    """SwiGLU of rows that hold gates, then values; behind other columns, where there are some.
+
+    Shapes: hidden [..., 2 M], before [..., D] -> [..., D + M].
+    """
+    product = swiglu(*hidden.chunk(2, dim=-1))
+    return product if before is None else torch.cat((before.to(product.dtype), product), dim=-1)
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The parts of a network that are chosen per device.
@@ -34,21 +60,23 @@ class Kernels:
         vae_attention: attention of the VAE, one head as wide as the channels.
         residual_dtype: dtype of the residual streams of transformer and encoder;
             None keeps the dtype of the weights, as the references do.
+        gated: of all MLPs.
+        modulate, joint_heads: of the transformer; None: its own plain form.
+        grouped_heads: of the text encoder, likewise.
+        normed: of the VAE, likewise.
     """
 
     attention: Attention
     vae_attention: Attention
     residual_dtype: torch.dtype | None = None
+    gated: Callable[..., Tensor] = gated
+    modulate: Modulate | None = None
+    joint_heads: JointHeads | None = None
+    grouped_heads: GroupedHeads | None = None
+    normed: Normed | None = None
 
     def residual(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else x.to(self.residual_dtype)
-
-
-def swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value; for float16 in float32, because the product passes float16's range."""
-    if gate.dtype != torch.float16:
-        return F.silu(gate) * value
-    return F.silu(gate.float()) * value
 
 
 def narrow_linear(x: Tensor, linear: nn.Linear) -> Tensor:

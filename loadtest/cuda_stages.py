@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
 from fluxcore.kernels import plain_attention
-from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
+from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder, flux2, qwen3, vae
 from fluxcore.pipeline.latents import draw_noise
 from fluxcore.pipeline.load import Components
-from fluxcore.pipeline.pictures import PictureDecoder
 from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import Runtime, choose_runtime
 from fluxcore.runtime.attention import cudnn_attention, scored_attention
-from fluxcore.runtime.compiling import compile_block
 from fluxcore.runtime.quantised import FP8, quantise
 from fluxcore.text import PromptTokenizer
 from fluxcore.weights import random_architecture as architecture
@@ -101,19 +100,31 @@ class Bench:
         self.runs: int = args.runs
         self.out: Path | None = args.out
         started = time.perf_counter()
-        self.runtime = choose_runtime("cuda", attention="fused")
+        self.runtime = choose_runtime("cuda", kernels="fused")
         self.components = random_components(args.preset, self.runtime, shallow=args.shallow)
-        # Before anything is compiled, which stays with the modules.
-        self.fp8_transformer = copy.deepcopy(self.components.transformer)
         torch.cuda.synchronize()
         print(json.dumps(self.runtime.describe()))
         print(f"model drawn in {time.perf_counter() - started:.1f} s", flush=True)
         self.latents: dict[str, dict[int, Tensor]] = {}
 
-    def pipeline(self, *, compiles: bool, graphs: bool, **parts: nn.Module) -> FluxPipeline:
-        recording = choose_runtime("cuda", attention="fused", cuda_graphs=24 if graphs else 0)
-        runtime = replace(recording, compiles=compiles)
+    def pipeline(self, *, graphs: bool, **parts: nn.Module) -> FluxPipeline:
+        """The model with fluxd's own kernels."""
+        runtime = choose_runtime("cuda", kernels="fused", cuda_graphs=24 if graphs else 0)
         return FluxPipeline(replace(self.components, **parts), runtime, 2**28)
+
+    def rebuilt(self, runtime: Runtime, dtype: torch.dtype | None = None) -> FluxPipeline:
+        """The model with the functions of another runtime; compiled, where that compiles."""
+        parts = {
+            name: copy.deepcopy(getattr(self.components, name)).to(dtype)
+            for name in ("text_encoder", "transformer", "vae")
+        }
+        for network in parts.values():
+            rebuild(network, runtime)
+        return FluxPipeline(replace(self.components, **parts), runtime, 2**28)
+
+    @cached_property
+    def compiled(self) -> FluxPipeline:
+        return self.rebuilt(replace(choose_runtime("cuda", kernels="fused"), compiles=True))
 
     def phase_floor(self) -> None:
         """What the chip does at the model's own shapes, one product after the other."""
@@ -154,95 +165,59 @@ class Bench:
 
     def phase_plain(self) -> None:
         """Nothing but PyTorch: what the other forms are compared with."""
-        plain = choose_runtime("cuda")
-        parts = {
-            name: copy.deepcopy(getattr(self.components, name))
-            for name in ("text_encoder", "transformer", "vae")
-        }
-        for network in parts.values():
-            rebuilt(network, plain)
-        self._measure("plain", FluxPipeline(replace(self.components, **parts), plain, 2**28), 3)
+        self._measure("plain", self.rebuilt(choose_runtime("cuda", kernels="plain")), 3)
 
-    def phase_eager(self) -> None:
-        self._measure("eager", self.pipeline(compiles=False, graphs=False), min(self.runs, 5))
-        self._distance("plain", "eager")
+    def phase_fused(self) -> None:
+        self._measure("fused", self.pipeline(graphs=False), 3)
+        self._distance("plain", "fused")
 
-    def phase_eager_graphs(self) -> None:
-        self._measure("eager+graphs", self.pipeline(compiles=False, graphs=True), self.runs)
-        self._same("eager", "eager+graphs")
-
-    def phase_compiled(self) -> None:
-        self._measure("compiled", self.pipeline(compiles=True, graphs=False), self.runs)
-
-    def phase_compiled_graphs(self) -> None:
-        self._measure("compiled+graphs", self.pipeline(compiles=True, graphs=True), self.runs)
-        self._same("compiled", "compiled+graphs")
-        self._distance("eager", "compiled+graphs")
+    def phase_fused_graphs(self) -> None:
+        self._measure("fused+graphs", self.pipeline(graphs=True), self.runs)
+        self._same("fused", "fused+graphs")
 
     def phase_profile(self) -> None:
         """Which kernels a picture is made of."""
-        pipe = self.pipeline(compiles=True, graphs=True)
+        pipe = self.pipeline(graphs=True)
         for size in (self.sizes[0], self.sizes[-1]):
             self._profile(pipe, f"bf16-{size}", size)
 
     def phase_fp8(self) -> None:
-        quantised = self.fp8_transformer
-        quantise((*quantised.double_blocks, *quantised.single_blocks), FP8)
-        pipe = self.pipeline(compiles=True, graphs=True, transformer=quantised)
+        quantised = copy.deepcopy(self.components.transformer)
+        blocks = (*quantised.double_blocks, *quantised.single_blocks)
+        quantise(blocks, self.runtime.eight_bits("fp8"))
+        pipe = self.pipeline(graphs=True, transformer=quantised)
         self._measure("fp8+graphs", pipe, self.runs)
-        self._distance("eager", "fp8+graphs")
+        self._distance("plain", "fp8+graphs")
         for size in (self.sizes[0], self.sizes[-1]):
             self._profile(pipe, f"fp8-{size}", size)
 
     def phase_exact(self) -> None:
         """float32 for the first size: what bf16 and fp8 lose."""
-        exact = choose_runtime("cuda", "float32")
-        parts = {
-            name: copy.deepcopy(getattr(self.components, name)).float()
-            for name in ("text_encoder", "transformer", "vae")
-        }
-        for network in parts.values():
-            rebuilt(network, exact)
-        pipe = FluxPipeline(replace(self.components, **parts), exact, 2**28)
+        pipe = self.rebuilt(choose_runtime("cuda", "float32"), torch.float32)
         self._measure("float32", pipe, 1, self.sizes[:1])
-        for name in ("eager", "compiled+graphs", "fp8+graphs"):
+        for name in ("plain", "fused+graphs", "fp8+graphs"):
             self._distance("float32", name)
 
-    def phase_static_blocks(self) -> None:
-        """One compiled form for each size, instead of one for all."""
-        transformer = copy.deepcopy(self.components.transformer)
-        for block in (*transformer.double_blocks, *transformer.single_blocks):
-            block._compiled_call_impl = None
-            compile_block(block, sizes_vary=False)
-        pipe = self.pipeline(compiles=False, graphs=True, transformer=transformer)
-        self._measure("static blocks+graphs", pipe, self.runs)
+    def phase_compiled(self) -> None:
+        self._measure("compiled", self.compiled, 3)
 
-    def phase_decoders(self) -> None:
-        """The VAE compiled for one size, with another attention, with measured convolutions."""
+    def phase_compiled_graphs(self) -> None:
+        graphs = choose_runtime("cuda", cuda_graphs=24).graphs
+        runtime = replace(self.compiled.runtime, graphs=graphs)
+        parts = {n: getattr(self.compiled, n) for n in ("text_encoder", "transformer", "vae")}
+        pipe = FluxPipeline(replace(self.components, **parts), runtime, 2**28)
+        self._measure("compiled+graphs", pipe, self.runs)
+        self._same("compiled", "compiled+graphs")
+        self._distance("plain", "compiled+graphs")
+
+    def phase_decoder_attention(self) -> None:
+        """The VAE's attention, whose head is wider than fast kernels take."""
         for size in self.sizes:
-            rows = size // 16
-            latents = torch.randn(1, rows * rows, 128, device=DEVICE, dtype=torch.bfloat16)
-            q, k, v = torch.randn(3, 1, 1, rows * rows * 4, 512, device=DEVICE).bfloat16()
+            q, k, v = torch.randn(3, 1, 1, (size // 8) ** 2, 512, device=DEVICE).bfloat16()
             with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                ms = {"attention, efficient": device_ms(plain_attention, q, k, v, None)}
-            ms["attention, scored"] = device_ms(scored_attention, q, k, v)
-            found("decoder", size, ms)
-            for name, sizes_vary, benchmark in (
-                ("dynamic", True, False),
-                ("static", False, False),
-                ("static, cudnn.benchmark", False, True),
-            ):
-                torch.backends.cudnn.benchmark = benchmark
-                vae = self.components.vae
-                decoder = PictureDecoder(vae, torch.bfloat16, torch.channels_last)
-                compile_block(decoder, sizes_vary=sizes_vary)
-                started = time.perf_counter()
-                decoder(latents, rows, rows)
-                torch.cuda.synchronize()
-                ms[f"{name}, first"] = (time.perf_counter() - started) * 1000
-                ms[name] = device_ms(decoder, latents, rows, rows)
-                torch.backends.cudnn.benchmark = False
-            found("decoder", size, ms)
+                ms = {"efficient": device_ms(plain_attention, q, k, v, None)}
+            ms["scored"] = device_ms(scored_attention, q, k, v)
+            found("decoder attention", size, ms)
 
     def phase_host(self) -> None:
         """What the host does for each picture."""
@@ -387,14 +362,24 @@ def filled(
     return network.requires_grad_(False)
 
 
-def rebuilt(network: nn.Module, runtime: Runtime) -> None:
-    """Give a copied network the functions of another runtime, and nothing compiled."""
+def rebuild(network: nn.Module, runtime: Runtime) -> None:
+    """Give a copied network the functions of another runtime."""
     kernels = runtime.kernels()
     for module in network.modules():
-        module._compiled_call_impl = None
-        if hasattr(module, "attention") and not isinstance(module.attention, nn.Module | None):
-            wide = "vae" in type(module).__module__
-            module.attention = kernels.vae_attention if wide else kernels.attention
+        of_vae = "vae" in type(module).__module__
+        functions = {
+            "attention": kernels.vae_attention if of_vae else kernels.attention,
+            "gated": kernels.gated,
+            "modulate": kernels.modulate or flux2.modulate,
+            "joint_heads": kernels.joint_heads or flux2.joint_heads,
+            "grouped_heads": kernels.grouped_heads or qwen3.grouped_heads,
+            "normed": kernels.normed or vae.normed,
+        }
+        for name, function in functions.items():
+            if not isinstance(getattr(module, name, nn.Module()), nn.Module | None):
+                setattr(module, name, function)
+        if hasattr(module, "kernels"):
+            module.kernels = kernels
 
 
 def _info(preset: str, config: CheckpointConfig) -> ModelInfo:

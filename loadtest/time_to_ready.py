@@ -1,7 +1,7 @@
 """From starting the service to being ready, and then from request to PNG, size by size.
 
     python loadtest/time_to_ready.py CHECKPOINT --sizes 256x256 512x512 --data DIR \\
-        --set compile=on --set cuda_graphs=24 --set attention=fused
+        --set cuda_graphs=24
 
 Starts ``fluxd serve`` with these sizes to warm up, waits for it, and asks for pictures one
 after the other over one connection, each with a prompt that is new. What a start compiled

@@ -24,6 +24,10 @@ settings.load_profile("fluxd")
 # wait spin by default, which beside other work made these tests four times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read when Triton is loaded: without a GPU its kernels are interpreted.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

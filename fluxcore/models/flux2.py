@@ -12,6 +12,7 @@ src/flux2/model.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import TransformerConfig
-from fluxcore.kernels import Kernels, narrow_linear, swiglu, wide_linear
+from fluxcore.kernels import Kernels, narrow_linear, wide_linear
 from fluxcore.models.rope import Rope, rotate_pairs
 
 
@@ -99,29 +100,48 @@ class QKNorm(nn.Module):
         return F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * weight, v
 
 
+def joint_heads(
+    streams: Sequence[tuple[Tensor, QKNorm]], pe: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normed and turned, and values of one stream or several on end.
+
+    Shapes: each stream's qkv [B, L_i, 3 D] with its norm, pe for all L tokens -> q, k and v
+    [B, H, L, K].
+    """
+    parts = [norm(qkv) for qkv, norm in streams]
+    if len(parts) == 1:
+        qk, v = parts[0]
+    else:
+        qk, v = (torch.cat(pair, dim=-2) for pair in zip(*parts, strict=True))
+    q, k = rotate_pairs(qk, pe)
+    return q, k, v
+
+
 class Stream(nn.Module):
     """The weights of one stream, img or txt, of a double block."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
         super().__init__()
         width = config.width
         self.eps = config.norm_eps
+        self.modulate = kernels.modulate or modulate
+        self.gated = kernels.gated
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qk_norm = QKNorm(config.heads, config.head_width, config.norm_eps)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * config.mlp_width, bias=False)
         self.mlp_out = nn.Linear(config.mlp_width, width, bias=False)
 
-    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes: x [B, L, D], mod [6, 1, D] -> qk [2, B, H, L, K], v [B, H, L, K]."""
-        qk, v = self.qk_norm(narrow_linear(modulate(x, mod[0], mod[1], self.eps), self.qkv))
-        return qk, v
+    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, QKNorm]:
+        """Shapes: x [B, L, D], mod [6, 1, D] -> qkv [B, L, 3 D], and how it is normed."""
+        normed = self.modulate(x, mod[0], mod[1], self.eps)
+        return narrow_linear(normed, self.qkv), self.qk_norm
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """Add the attention's output and the MLP. Shapes: x, attended [B, L, D] -> [B, L, D]."""
         x = torch.addcmul(x, mod[2], wide_linear(attended, self.out))
-        hidden = narrow_linear(modulate(x, mod[3], mod[4], self.eps), self.mlp_in)
-        return torch.addcmul(x, mod[5], wide_linear(swiglu(*hidden.chunk(2, -1)), self.mlp_out))
+        hidden = narrow_linear(self.modulate(x, mod[3], mod[4], self.eps), self.mlp_in)
+        return torch.addcmul(x, mod[5], wide_linear(self.gated(hidden), self.mlp_out))
 
 
 class DoubleBlock(nn.Module):
@@ -133,15 +153,14 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
         super().__init__()
         self.attention = kernels.attention
-        self.img = Stream(config)
-        self.txt = Stream(config)
+        self.joint_heads = kernels.joint_heads or joint_heads
+        self.img = Stream(config, kernels)
+        self.txt = Stream(config, kernels)
 
     def forward(self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope) -> tuple[Tensor, Tensor]:
-        of_txt = self.txt.project(txt, mod.txt)
-        of_img = self.img.project(img, mod.img)
         # joint order: [txt, img]
-        qk, v = (torch.cat(pair, dim=-2) for pair in zip(of_txt, of_img, strict=True))
-        q, k = rotate_pairs(qk, pe)
+        streams = (self.txt.project(txt, mod.txt), self.img.project(img, mod.img))
+        q, k, v = self.joint_heads(streams, pe)
         joint = self.attention(q, k, v, None)  # [B, H, L, K]
         joint = joint.transpose(1, 2).flatten(2)  # [B, L, D]
         of_txt_len = txt.shape[1]
@@ -162,20 +181,20 @@ class SingleBlock(nn.Module):
         self.eps = config.norm_eps
         self.sizes = (3 * width, 2 * mlp)
         self.attention = kernels.attention
+        self.modulate = kernels.modulate or modulate
+        self.joint_heads = kernels.joint_heads or joint_heads
+        self.gated = kernels.gated
         self.qkv_mlp = nn.Linear(width, sum(self.sizes), bias=False)
         self.qk_norm = QKNorm(config.heads, config.head_width, config.norm_eps)
         self.out = nn.Linear(width + mlp, width, bias=False)
 
     def forward(self, x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
         shift, factor, gate = mod
-        projected = narrow_linear(modulate(x, shift, factor, self.eps), self.qkv_mlp)
+        projected = narrow_linear(self.modulate(x, shift, factor, self.eps), self.qkv_mlp)
         qkv, mlp = projected.split(self.sizes, dim=-1)
-        qk, v = self.qk_norm(qkv)
-        q, k = rotate_pairs(qk, pe)
+        q, k, v = self.joint_heads(((qkv, self.qk_norm),), pe)
         attended = self.attention(q, k, v, None)  # [B, H, L, K]
-        attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
-        hidden = swiglu(*mlp.chunk(2, dim=-1))
-        joined = torch.cat((attended.to(hidden.dtype), hidden), dim=-1)  # [B, L, D + mlp]
+        joined = self.gated(mlp, attended.transpose(1, 2).flatten(2))  # [B, L, D + mlp]
         return torch.addcmul(x, gate, wide_linear(joined, self.out))
 
 
@@ -238,4 +257,5 @@ class Flux2Transformer(nn.Module):
             x = block(x, mod.single, pe)
         x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
         factor, shift = mod.final
-        return narrow_linear(modulate(x, shift, factor, self.config.norm_eps), self.img_out)
+        modulated = (self.kernels.modulate or modulate)(x, shift, factor, self.config.norm_eps)
+        return narrow_linear(modulated, self.img_out)

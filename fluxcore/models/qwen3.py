@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
-from fluxcore.kernels import Kernels, swiglu, wide_linear
+from fluxcore.kernels import Kernels, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
 
 
@@ -36,6 +36,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def grouped_heads(
+    qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, heads: tuple[int, int], rope: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normed and turned, and values.
+
+    Shapes: qkv [B, L, (heads + 2 kv) K]; heads of q and of k -> q [B, heads, L, K], k and v
+    [B, kv, L, K].
+    """
+    q, k, v = qkv.unflatten(-1, (-1, len(q_norm.weight))).split((*heads, heads[1]), dim=2)
+    q = rotate_halves(q_norm(q).transpose(1, 2), rope)  # [B, heads, L, K]
+    k = rotate_halves(k_norm(k).transpose(1, 2), rope)  # [B, kv, L, K]
+    return q, k, v.transpose(1, 2)
+
+
 class Qwen3Attention(nn.Module):
     """Grouped-query attention with normed q and k.
 
@@ -44,10 +58,9 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.kv_heads = config.kv_heads
-        self.head_width = config.head_width
+        self.heads = (config.heads, config.kv_heads)
         self.attention = kernels.attention
+        self.grouped_heads = kernels.grouped_heads or grouped_heads
         all_heads = config.heads + 2 * config.kv_heads
         self.qkv = nn.Linear(config.width, all_heads * config.head_width, bias=False)
         self.q_norm = RMSNorm(config.head_width, config.norm_eps)
@@ -55,11 +68,8 @@ class Qwen3Attention(nn.Module):
         self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))  # [B, L, heads + 2 kv, K]
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q = rotate_halves(self.q_norm(q).transpose(1, 2), rope)  # [B, heads, L, K]
-        k = rotate_halves(self.k_norm(k).transpose(1, 2), rope)  # [B, kv, L, K]
-        out = self.attention(q, k, v.transpose(1, 2), mask)  # [B, heads, L, K]
+        q, k, v = self.grouped_heads(self.qkv(x), self.q_norm, self.k_norm, self.heads, rope)
+        out = self.attention(q, k, v, mask)  # [B, heads, L, K]
         return wide_linear(out.transpose(1, 2).flatten(2), self.out)
 
 
@@ -71,6 +81,7 @@ class Qwen3Layer(nn.Module):
 
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
+        self.gated = kernels.gated
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Qwen3Attention(config, kernels)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
@@ -80,8 +91,8 @@ class Qwen3Layer(nn.Module):
     def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
         dtype = self.down.weight.dtype
         x = x + self.attention(self.attention_norm(x).to(dtype), rope, mask)
-        gate, up = self.gate_up(self.mlp_norm(x).to(dtype)).chunk(2, dim=-1)  # [B, L, mlp]
-        return x + wide_linear(swiglu(gate, up), self.down)
+        gate_up = self.gate_up(self.mlp_norm(x).to(dtype))  # [B, L, 2 mlp]
+        return x + wide_linear(self.gated(gate_up), self.down)
 
 
 class Qwen3Encoder(nn.Module):

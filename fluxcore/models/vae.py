@@ -19,14 +19,20 @@ from fluxcore.kernels import Kernels
 NORM_EPS = 1e-6
 
 
+def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
+    """A group norm, and SiLU of it. Shapes: [B, C, h, w] -> the same."""
+    return F.silu(norm(x)) if silu else norm(x)
+
+
 class ResidualBlock(nn.Module):
     """Two normed 3x3 convolutions around a shortcut.
 
     Shapes: [B, C_in, h, w] -> [B, C_out, h, w].
     """
 
-    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, groups: int, kernels: Kernels) -> None:
         super().__init__()
+        self.normed = kernels.normed or normed
         self.norm1 = nn.GroupNorm(groups, channels_in, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=NORM_EPS)
@@ -36,8 +42,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(self.normed(x, self.norm1))
+        hidden = self.conv2(self.normed(hidden, self.norm2))
         return (x if self.shortcut is None else self.shortcut(x)) + hidden  # type: ignore[no-any-return]
 
 
@@ -50,13 +56,14 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int, kernels: Kernels) -> None:
         super().__init__()
         self.attention = kernels.vae_attention
+        self.normed = kernels.normed or normed
         self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
-        hidden = self.norm(x).flatten(2).transpose(1, 2)  # [B, h w, C]
+        hidden = self.normed(x, self.norm, silu=False).flatten(2).transpose(1, 2)  # [B, h w, C]
         q, k, v = self.qkv(hidden)[:, None].chunk(3, dim=-1)  # [B, 1, h w, C]
         hidden = self.out(self.attention(q, k, v, None)[:, 0])  # [B, h w, C]
         return x + hidden.transpose(1, 2).unflatten(2, (height, -1))  # type: ignore[no-any-return]
@@ -68,9 +75,9 @@ class MiddleBlock(nn.Module):
     def __init__(self, channels: int, config: VaeConfig, kernels: Kernels) -> None:
         super().__init__()
         groups = config.norm_groups
-        self.first = ResidualBlock(channels, channels, groups)
+        self.first = ResidualBlock(channels, channels, groups, kernels)
         self.attention = AttentionBlock(channels, groups, kernels) if config.mid_attention else None
-        self.second = ResidualBlock(channels, channels, groups)
+        self.second = ResidualBlock(channels, channels, groups, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -82,9 +89,15 @@ class MiddleBlock(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, and the convolution after a change of resolution."""
 
-    def __init__(self, sizes: list[tuple[int, int]], groups: int, resample: nn.Module | None):
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        groups: int,
+        resample: nn.Module | None,
+        kernels: Kernels,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(i, o, groups) for i, o in sizes)
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, groups, kernels) for i, o in sizes)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,9 +140,10 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             sizes = [(previous, width)] + [(width, width)] * (config.layers_per_block - 1)
             resample = Downsample(width) if i < len(widths) - 1 else None
-            self.levels.append(Level(sizes, config.norm_groups, resample))
+            self.levels.append(Level(sizes, config.norm_groups, resample, kernels))
             previous = width
         self.middle = MiddleBlock(previous, config, kernels)
+        self.normed = kernels.normed or normed
         self.norm_out = nn.GroupNorm(config.norm_groups, previous, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(previous, 2 * config.latent_channels, 3, padding=1)
 
@@ -138,7 +152,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(x)
         x = self.middle(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(self.normed(x, self.norm_out))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -154,8 +168,9 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             sizes = [(previous, width)] + [(width, width)] * config.layers_per_block
             resample = Upsample(width) if i < len(widths) - 1 else None
-            self.levels.append(Level(sizes, config.norm_groups, resample))
+            self.levels.append(Level(sizes, config.norm_groups, resample, kernels))
             previous = width
+        self.normed = kernels.normed or normed
         self.norm_out = nn.GroupNorm(config.norm_groups, previous, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(previous, config.image_channels, 3, padding=1)
 
@@ -163,7 +178,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(z))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(self.normed(x, self.norm_out))  # type: ignore[no-any-return]
 
 
 class AutoEncoder(nn.Module):

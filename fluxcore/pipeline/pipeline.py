@@ -42,8 +42,8 @@ from fluxcore.pipeline.result import (
     Progress,
 )
 from fluxcore.runtime import (
-    AttentionChoice,
     Compile,
+    KernelChoice,
     Precision,
     Runtime,
     StageTimes,
@@ -154,7 +154,7 @@ class FluxPipeline:
         conditioning_store: Path | None = None,
         conditioning_store_bytes: int = 0,
         precision: Precision = "bf16",
-        attention: AttentionChoice = "plain",
+        kernels: KernelChoice = "auto",
         compile_networks: Compile = "off",
         compiled_store: Path | None = None,
         cuda_graphs: int = 0,
@@ -172,7 +172,7 @@ class FluxPipeline:
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
             precision: bf16, which multiplies in dtype, or fp8 (CUDA) or int8 (CPU).
-            attention: plain, or fused, which differs on CUDA only.
+            kernels: auto, plain or fused, which differ on CUDA only.
             compile_networks: auto, on or off. The first picture waits for the compiler.
             compiled_store: directory in which compiled code outlives the process; None leaves
                 that to PyTorch.
@@ -187,7 +187,7 @@ class FluxPipeline:
             device,
             dtype,
             precision=precision,
-            attention=attention,
+            kernels=kernels,
             compile_networks=compile_networks,
             cuda_graphs=cuda_graphs,
         )

@@ -6,7 +6,7 @@ Knows nothing of prompts or pictures.
 """
 
 from fluxcore.runtime.compiling import Compile, keep_compiled
-from fluxcore.runtime.device import AttentionChoice, Runtime, choose_runtime
+from fluxcore.runtime.device import KernelChoice, Runtime, choose_runtime
 from fluxcore.runtime.dtypes import DtypePolicy
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
 from fluxcore.runtime.quantised import Precision
@@ -16,10 +16,10 @@ from fluxcore.runtime.timing import StageTimes
 
 __all__ = [
     "WAYS",
-    "AttentionChoice",
     "Choice",
     "Compile",
     "DtypePolicy",
+    "KernelChoice",
     "LayerStream",
     "Precision",
     "Residency",

@@ -85,11 +85,23 @@ def _missing(kind: str) -> str | None:
     """What compiling needs and is not there, with the remedy; None where nothing is missing."""
     if kind == "mps":
         return "compiling is not supported on MPS; leave it off"
-    if kind == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is missing; install it, or set compile to off"
-    named = os.environ.get("CXX" if kind == "cpu" else "CC")
-    known = ("g++", "clang++") if kind == "cpu" else ("gcc", "cc", "clang")
-    if not any(shutil.which(name) for name in (named, *known) if name):
-        language = "C++" if kind == "cpu" else "C"
-        return f"there is no {language} compiler; install one, or set compile to off"
+    if kind == "cuda":
+        missing = missing_for_triton()
+        return None if missing is None else f"{missing}, or set compile to off"
+    if not _found("CXX", "g++", "clang++"):
+        return "there is no C++ compiler; install one, or set compile to off"
     return None
+
+
+def missing_for_triton() -> str | None:
+    """What kernels in Triton need and is not there, with the remedy; None: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing; install it"
+    if not _found("CC", "gcc", "cc", "clang"):
+        return "there is no C compiler, which triton needs; install one"
+    return None
+
+
+def _found(variable: str, *names: str) -> bool:
+    """Whether there is one of some programs, or the one that a variable names."""
+    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)

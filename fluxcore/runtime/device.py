@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,14 +25,22 @@ from fluxcore.runtime.attention import (
     cudnn_attention,
     wide_attention,
 )
-from fluxcore.runtime.compiling import Compile, compile_block, compiles
+from fluxcore.runtime.compiling import Compile, compile_block, compiles, missing_for_triton
 from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes, dtype_name
 from fluxcore.runtime.graphs import CudaRecorder, Graphs
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes
-from fluxcore.runtime.quantised import FORMATS, Precision, check_precision, quantise_layer
+from fluxcore.runtime.quantised import (
+    FORMATS,
+    EightBits,
+    Precision,
+    check_precision,
+    quantise_layer,
+)
 from fluxcore.runtime.residency import Residency
 
-AttentionChoice = Literal["plain", "fused"]
+KernelChoice = Literal["auto", "plain", "fused"]
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("mps", "cuda", "cpu")
 HOPPER = (9, 0)
@@ -51,7 +60,7 @@ class Runtime:
         capability: of a CUDA GPU; None elsewhere.
         precision: what the transformer's large products are multiplied in: the dtype of the
             weights (``bf16``), fp8 or int8.
-        attention: ``plain``, or ``fused``: the faster forms for CUDA.
+        fuses: whether CUDA gets attention and element-wise kernels of its own.
         compiles: whether networks are compiled.
         graphs: recordings of what networks launch; None where there are none.
     """
@@ -63,20 +72,38 @@ class Runtime:
     residency: Residency = "resident"
     capability: tuple[int, int] | None = None
     precision: Precision = "bf16"
-    attention: AttentionChoice = "plain"
+    fuses: bool = False
     compiles: bool = False
     graphs: Graphs | None = field(default=None, compare=False)
 
     def kernels(self) -> Kernels:
         """The functions that the networks are built with."""
         attention, vae_attention = self._attentions()
-        return Kernels(attention, vae_attention, residual_dtype=self.dtypes.residual)
+        plain = Kernels(attention, vae_attention, residual_dtype=self.dtypes.residual)
+        if not self.uses_triton:
+            return plain
+        from fluxcore.runtime import triton_kernels as fused
+
+        return replace(
+            plain,
+            gated=fused.gated,
+            modulate=fused.modulate,
+            joint_heads=fused.joint_heads,
+            grouped_heads=fused.grouped_heads,
+            normed=fused.normed,
+        )
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether element-wise work runs as kernels in Triton; a compiler makes its own."""
+        is_narrow = self.dtypes.weights == self.dtypes.vae == torch.bfloat16
+        return self.fuses and is_narrow and not self.compiles and missing_for_triton() is None
 
     def _attentions(self) -> tuple[Attention, Attention]:
         """For transformer and text encoder, and for the VAE."""
         if self.kind == "mps":
             return contiguous_attention, chunked_attention
-        if self.kind != "cuda" or self.attention == "plain":
+        if self.kind != "cuda" or not self.fuses:
             return plain_attention, plain_attention
         # Neither takes float32.
         hopper = self.capability is not None and self.capability >= HOPPER
@@ -90,7 +117,16 @@ class Runtime:
         """Put a matrix into eight bits, where that is asked for and can be; bytes freed."""
         if self.precision == "bf16":
             return 0
-        return quantise_layer(network, parameter, FORMATS[self.precision])
+        return quantise_layer(network, parameter, self.eight_bits(self.precision))
+
+    def eight_bits(self, precision: Precision) -> EightBits:
+        """How fp8 or int8 numbers are rounded and multiplied here."""
+        format = FORMATS[precision]
+        if precision != "fp8" or not self.uses_triton:
+            return format
+        from fluxcore.runtime.triton_kernels import round_rows
+
+        return replace(format, rounding=round_rows)
 
     def compile_blocks(self, blocks: Iterable[nn.Module], *, sizes_vary: bool = True) -> None:
         """Compile blocks of one kind, where networks are compiled; the work is that of one.
@@ -185,7 +221,7 @@ class Runtime:
             "vae_dtype": dtype_name(self.dtypes.vae),
             "residency": self.residency,
             "precision": self.dtypes.name if self.precision == "bf16" else self.precision,
-            "attention": self.attention,
+            "kernels": "triton" if self.uses_triton else "fused" if self.fuses else "plain",
             "compiled": "yes" if self.compiles else "no",
             "cuda_graphs": str(0 if self.graphs is None else self.graphs.limit),
             "torch": torch.__version__,
@@ -200,7 +236,7 @@ def choose_runtime(
     dtype: str = "auto",
     *,
     precision: Precision = "bf16",
-    attention: AttentionChoice = "plain",
+    kernels: KernelChoice = "auto",
     compile_networks: Compile = "off",
     cuda_graphs: int = 0,
 ) -> Runtime:
@@ -211,7 +247,7 @@ def choose_runtime(
             ``cuda:N`` or ``cpu``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         precision: ``bf16``, which multiplies in dtype, ``fp8`` or ``int8``.
-        attention: ``plain`` or ``fused``; has no effect but on CUDA.
+        kernels: ``plain``, or ``fused``, which is what ``auto`` takes; differ on CUDA only.
         compile_networks: ``auto``, ``on`` or ``off``.
         cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
 
@@ -240,6 +276,10 @@ def choose_runtime(
     place = torch.device(device)
     capability = torch.cuda.get_device_capability(place) if kind == "cuda" else None
     check_precision(precision, kind, dtypes.weights, capability)
+    fuses = kind == "cuda" and kernels != "plain"
+    missing = missing_for_triton() if fuses else None
+    if missing is not None:
+        logger.warning("pictures take longer than they could: %s", missing)
     if precision == "int8" and compile_networks == "on":
         raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
     return Runtime(
@@ -249,7 +289,7 @@ def choose_runtime(
         chip=chip,
         capability=capability,
         precision=precision,
-        attention=attention,
+        fuses=fuses,
         compiles=compiles(kind, compile_networks),
         graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
     )

@@ -2,8 +2,9 @@
 
 Owns the recordings, their number and their memory. A call on a shape that is new runs
 as it is, on the tensors that the recording will read, and is then recorded; later calls
-copy their inputs to them, play the recording, and copy the result out. The kernels are the same ones in the
-same order, so the result is the same bit for bit. Knows nothing of networks.
+copy their inputs to them, play the recording, and copy the result out. The kernels are
+the same ones in the same order, so the result is the same bit for bit. Knows nothing of
+networks.
 
 Source of the rules (fixed addresses, one memory pool for graphs that never run at the
 same time): PyTorch documentation, "CUDA semantics", "CUDA Graphs".

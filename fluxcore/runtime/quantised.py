@@ -40,18 +40,22 @@ class EightBits:
         largest: what the largest value of each row is scaled to.
         product: of rounded rows and packed weights.
         pack: brings rounded weights into the form that ``product`` takes; done once.
+        rounding: (x, dtype, largest, smallest) -> as ``round_rows``, in one kernel; None: plain.
     """
 
     dtype: torch.dtype
     largest: float
     product: ScaledProduct
     pack: Callable[[Tensor], Tensor] = lambda weight: weight
+    rounding: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def round_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows scaled to the format's range, and rounded.
 
         Shapes: x [M, K] -> [M, K], scale [M, 1] float32; x is about the product of the two.
         """
+        if self.rounding is not None:
+            return self.rounding(x, self.dtype, self.largest, SMALLEST_AMAX)
         amax = x.abs().amax(dim=-1, keepdim=True).float()
         scale = amax.clamp_min(SMALLEST_AMAX) / self.largest  # [M, 1]
         scaled = x / scale  # [M, K] float32

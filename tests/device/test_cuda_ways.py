@@ -36,7 +36,7 @@ def _pipeline(checkpoint: Path, *, compile_networks: str, cuda_graphs: int) -> F
     return FluxPipeline.load(
         checkpoint,
         "cuda",
-        attention="fused",
+        kernels="fused",
         compile_networks=compile_networks,
         cuda_graphs=cuda_graphs,
     )

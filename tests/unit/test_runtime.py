@@ -177,18 +177,18 @@ def test_mps_rules_go_with_the_kind_and_not_with_the_device() -> None:
 
 def test_fused_attention_is_what_the_gpu_has(machine: Any) -> None:
     machine(cuda=1, capability=(9, 0))
-    hopper = choose_runtime("cuda", attention="fused").kernels()
+    hopper = choose_runtime("cuda", kernels="fused").kernels()
     assert (hopper.attention, hopper.vae_attention) == (cudnn_attention, wide_attention)
     # float16 keeps the VAE in float32, which two plain products would multiply slowly.
-    half = choose_runtime("cuda", "float16", attention="fused").kernels()
+    half = choose_runtime("cuda", "float16", kernels="fused").kernels()
     assert (half.attention, half.vae_attention) == (cudnn_attention, plain_attention)
-    exact = choose_runtime("cuda", "float32", attention="fused").kernels()
+    exact = choose_runtime("cuda", "float32", kernels="fused").kernels()
     assert (exact.attention, exact.vae_attention) == (plain_attention, plain_attention)
     machine(cuda=1, capability=(8, 0))
-    ampere = choose_runtime("cuda", attention="fused").kernels()
+    ampere = choose_runtime("cuda", kernels="fused").kernels()
     assert (ampere.attention, ampere.vae_attention) == (plain_attention, wide_attention)
     machine()
-    cpu = choose_runtime("cpu", attention="fused").kernels()
+    cpu = choose_runtime("cpu", kernels="fused").kernels()
     assert (cpu.attention, cpu.vae_attention) == (plain_attention, plain_attention)
 
 

@@ -1,0 +1,367 @@
+"""Element-wise work of the networks as Triton kernels: one pass over memory for each.
+
+Owns kernels and their launches. Each has the signature and the meaning of the plain form that it
+stands for (``fluxcore.kernels``, ``fluxcore.models``), computes in float32 and rounds once at the
+end, where the plain form rounds after each operation. What it does not take it hands to the plain
+form. Only imported where Triton is; knows nothing of devices' choice.
+
+Source of the algorithms: the plain forms; Triton's tutorials for rows and reductions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+MOST_HEADS = 8
+"""Heads of one token that one program turns."""
+COLUMNS = 1024
+"""Columns of one row that one program gates."""
+NORM_ELEMENTS = 8192
+"""Values that one program of a group norm holds at once."""
+NORM_TILES = 16
+"""Tiles of which one program sums."""
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+class RowNorm(Protocol):
+    """An RMS norm of one head; of q and k in one, where it has ``heads``."""
+
+    weight: Tensor
+    eps: float
+
+
+class JointNorm(RowNorm, Protocol):
+    heads: int
+
+
+@triton.jit
+def _modulate(x, shift, factor, out, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    values = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    scaled = normed * tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
+    moved = scaled + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + at, moved.to(out.dtype.element_ty), mask=inside)
+
+
+def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """As ``fluxcore.models.flux2.modulate``."""
+    width = x.shape[-1]
+    if factor.numel() != width or not x.is_contiguous():
+        return torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps))
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _modulate[(x.numel() // width,)](x, shift, factor, out, width, eps, block, num_warps=8)
+    return out
+
+
+@triton.jit
+def _turn(
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    out,
+    row_stride,
+    tokens,
+    first,
+    joint,
+    q_heads,
+    turned_heads,
+    out_heads,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTNER: tl.constexpr,
+):
+    row, group = tl.program_id(0), tl.program_id(1)
+    head = group * HEADS + tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    source = qkv + row.to(tl.int64) * row_stride + head * WIDTH
+    position = first + row % tokens
+    target = (row // tokens) * joint + position
+    x = tl.load(source + channel)
+    if group * HEADS < turned_heads:
+        # Channels that turn together: neighbours, or one of each half.
+        partner = channel ^ PARTNER
+        weight = q_weight if group * HEADS < q_heads else k_weight
+        wide = x.to(tl.float32)
+        scale = 1 / tl.sqrt(tl.sum(wide * wide, 1) / WIDTH + eps)[:, None]
+        other = tl.load(source + partner).to(tl.float32)
+        wide *= scale * tl.load(weight + channel).to(tl.float32)
+        other *= scale * tl.load(weight + partner).to(tl.float32)
+        if PARTNER > 1:  # halves, whose sines come without a sign
+            other = tl.where(channel < PARTNER, -other, other)
+        turn = position * WIDTH + channel
+        turned = wide * tl.load(cos + turn).to(tl.float32)
+        turned += other * tl.load(sin + turn).to(tl.float32)
+        x = turned.to(x.dtype)
+    place = target.to(tl.int64) * (out_heads * WIDTH) + head * WIDTH + channel
+    tl.store(out + place, x)
+
+
+def _turned(
+    qkv: Tensor,
+    weights: tuple[Tensor, Tensor],
+    rope: Rope,
+    out: Tensor,
+    heads: tuple[int, int],
+    eps: float,
+    *,
+    first: int = 0,
+    partner: int = 1,
+) -> None:
+    """Norm and turn q and k of some tokens; v is copied where ``out`` has room for it.
+
+    Shapes: qkv [B, L, all heads K], rows of any stride; out [B, L_joint, heads, K], of which
+    tokens ``first`` to ``first + L`` are written; heads of q and of k.
+    """
+    batch, tokens, _ = qkv.shape
+    _, joint, out_heads, width = out.shape
+    size = math.gcd(math.gcd(*heads), math.gcd(out_heads, MOST_HEADS))
+    _turn[(batch * tokens, out_heads // size)](
+        qkv,
+        *weights,
+        *rope,
+        out,
+        qkv.stride(1),
+        tokens,
+        first,
+        joint,
+        heads[0],
+        sum(heads),
+        out_heads,
+        eps,
+        size,
+        width,
+        partner,
+        num_warps=4 if size > 2 else 1,
+    )
+
+
+def joint_heads(
+    streams: Sequence[tuple[Tensor, JointNorm]], pe: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``fluxcore.models.flux2.joint_heads``; q, k and v lie token by token."""
+    norm = streams[0][1]
+    heads, width = norm.heads, len(norm.weight) // 2
+    first_rows = streams[0][0]
+    alone = len(streams) == 1
+    tokens = sum(rows.shape[1] for rows, _ in streams)
+    shape = (len(first_rows), tokens, 2 if alone else 3, heads, width)
+    out = first_rows.new_empty(shape)
+    first = 0
+    for rows, norm in streams:
+        weights = (norm.weight[:width], norm.weight[width:])
+        _turned(rows, weights, pe, out.flatten(2, 3), (heads, heads), norm.eps, first=first)
+        first += rows.shape[1]
+    q, k = out[:, :, 0].transpose(1, 2), out[:, :, 1].transpose(1, 2)  # [B, H, L, K]
+    if not alone:
+        return q, k, out[:, :, 2].transpose(1, 2)
+    v = first_rows.unflatten(-1, (3, heads, width))[:, :, 2]
+    return q, k, v.transpose(1, 2)
+
+
+def grouped_heads(
+    qkv: Tensor, q_norm: RowNorm, k_norm: RowNorm, heads: tuple[int, int], rope: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``fluxcore.models.qwen3.grouped_heads``."""
+    width = len(q_norm.weight)
+    out = qkv.new_empty((*qkv.shape[:2], sum(heads), width))
+    _turned(qkv, (q_norm.weight, k_norm.weight), rope, out, heads, q_norm.eps, partner=width // 2)
+    q, k = out.split(heads, dim=2)
+    v = qkv.unflatten(-1, (-1, width))[:, :, sum(heads) :]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+@triton.jit
+def _gate(before, hidden, out, before_stride, hidden_stride, kept, mlp, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (at >= kept) & (at < kept + mlp)
+    source = hidden + row * hidden_stride + at - kept
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(source + mlp, mask=inside, other=0.0).to(tl.float32)
+    gated = gate / (1 + tl.exp(-gate)) * value
+    copied = tl.load(before + row * before_stride + at, mask=at < kept, other=0.0)
+    both = tl.where(at < kept, copied.to(tl.float32), gated)
+    place = row * (kept + mlp) + at
+    tl.store(out + place, both.to(out.dtype.element_ty), mask=at < kept + mlp)
+
+
+def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
+    """As ``fluxcore.kernels.gated``."""
+    rows = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    mlp = hidden.shape[-1] // 2
+    kept = 0
+    if before is not None:
+        before = before.contiguous()
+        kept = before.shape[-1]
+    out = hidden.new_empty((*hidden.shape[:-1], kept + mlp))
+    grid = (out.numel() // (kept + mlp), triton.cdiv(kept + mlp, COLUMNS))
+    source = rows if before is None else before
+    _gate[grid](source, rows, out, kept, rows.stride(-2), kept, mlp, COLUMNS, num_warps=4)
+    return out
+
+
+@triton.jit
+def _sum_channels(
+    x,
+    sums,
+    pixels,
+    channels,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    part, batch = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, WIDTH)[None, :]
+    inside = channel < channels
+    source = x + batch.to(tl.int64) * pixels * channels + channel
+    # Sums of differences from the first pixel, so that a large mean costs no digits.
+    pivot = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    once = tl.zeros((WIDTH,), tl.float32)
+    twice = tl.zeros((WIDTH,), tl.float32)
+    for step in range(STEPS):
+        pixel = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        there = inside & (pixel < pixels)
+        values = tl.load(source + pixel.to(tl.int64) * channels, mask=there, other=0.0)
+        apart = tl.where(there, values.to(tl.float32) - pivot, 0.0)
+        once += tl.sum(apart, 0)
+        twice += tl.sum(apart * apart, 0)
+    at = tl.arange(0, WIDTH)
+    place = sums + (batch * tl.num_programs(0) + part) * 2 * channels + at
+    tl.store(place, once, mask=at < channels)
+    tl.store(place + channels, twice, mask=at < channels)
+
+
+@triton.jit
+def _factors(
+    x,
+    sums,
+    weight,
+    bias,
+    factors,
+    pixels,
+    channels,
+    parts,
+    eps,
+    EACH: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    group, batch = tl.program_id(0), tl.program_id(1)
+    channel = group * EACH + tl.arange(0, EACH)
+    once = tl.zeros((EACH,), tl.float32)
+    twice = tl.zeros((EACH,), tl.float32)
+    for step in range(STEPS):
+        part = step * PARTS + tl.arange(0, PARTS)[:, None]
+        place = sums + (batch * parts + part) * 2 * channels + channel[None, :]
+        once += tl.sum(tl.load(place, mask=part < parts, other=0.0), 0)
+        twice += tl.sum(tl.load(place + channels, mask=part < parts, other=0.0), 0)
+    pivot = tl.load(x + batch.to(tl.int64) * pixels * channels + channel).to(tl.float32)
+    mean = pivot + once / pixels  # of each channel
+    squares = twice - once * once / pixels
+    centre = tl.sum(mean, 0) / EACH
+    away = mean - centre
+    variance = tl.sum(squares + away * away * pixels, 0) / (EACH * pixels)
+    factor = tl.load(weight + channel).to(tl.float32) / tl.sqrt(variance + eps)
+    shift = tl.load(bias + channel).to(tl.float32) - centre * factor
+    tl.store(factors + batch * 2 * channels + channel, factor)
+    tl.store(factors + (batch * 2 + 1) * channels + channel, shift)
+
+
+@triton.jit
+def _scale_channels(
+    x, factors, out, pixels, channels, SILU: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    batch = tl.program_id(1)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    there = (channel < channels) & (pixel < pixels)
+    factor = tl.load(factors + batch * 2 * channels + channel, mask=channel < channels, other=0.0)
+    shift = tl.load(
+        factors + (batch * 2 + 1) * channels + channel, mask=channel < channels, other=0.0
+    )
+    place = (batch.to(tl.int64) * pixels + pixel) * channels + channel
+    values = tl.load(x + place, mask=there, other=0.0).to(tl.float32) * factor + shift
+    if SILU:
+        values = values / (1 + tl.exp(-values))
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=there)
+
+
+def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
+    """As ``fluxcore.models.vae.normed``, for pictures whose channels lie side by side."""
+    batch, channels, height, width = x.shape
+    each = channels // norm.num_groups
+    power = each & (each - 1) == 0
+    if not (power and x.is_contiguous(memory_format=torch.channels_last)):
+        return F.silu(norm(x)) if silu else norm(x)
+    pixels = height * width
+    side = triton.next_power_of_2(channels)
+    block = max(1, NORM_ELEMENTS // side)
+    tiles = triton.cdiv(pixels, block)
+    parts = triton.cdiv(tiles, NORM_TILES)
+    at_once = max(1, 1024 // each)
+    sums = x.new_empty((batch, parts, 2, channels), dtype=torch.float32)
+    factors = x.new_empty((batch, 2, channels), dtype=torch.float32)
+    out = torch.empty_like(x)
+    _sum_channels[(parts, batch)](x, sums, pixels, channels, NORM_TILES, block, side, num_warps=8)
+    _factors[(norm.num_groups, batch)](
+        x,
+        sums,
+        norm.weight,
+        norm.bias,
+        factors,
+        pixels,
+        channels,
+        parts,
+        norm.eps,
+        each,
+        at_once,
+        triton.next_power_of_2(triton.cdiv(parts, at_once)),
+    )
+    _scale_channels[(tiles, batch)](
+        x, factors, out, pixels, channels, silu, block, side, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _round_rows(x, out, scales, width, largest, smallest, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0), smallest) / largest
+    tl.store(out + row * width + at, (values / scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+def round_rows(
+    x: Tensor, dtype: torch.dtype, largest: float, smallest: float
+) -> tuple[Tensor, Tensor]:
+    """As ``fluxcore.runtime.quantised.EightBits.round_rows``, for formats with a fraction."""
+    rows, width = x.shape
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    scales = x.new_empty((rows, 1), dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    warps = 16 if block > 8192 else 8
+    _round_rows[(rows,)](x, out, scales, width, largest, smallest, block, num_warps=warps)
+    return out, scales

@@ -1,0 +1,122 @@
+"""Kernels in Triton against the plain forms: on a GPU, or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fluxcore import kernels as plain
+from fluxcore.models import flux2, qwen3, vae
+from fluxcore.models.rope import half_rope
+from fluxcore.runtime.quantised import FP8
+
+pytest.importorskip("triton", reason="Triton is not installed")
+# exp of what is far below zero is infinite, and what is divided by it zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("neither a CUDA GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+from fluxcore.runtime import triton_kernels as fused  # noqa: E402
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE, dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """As near as rounding once is to rounding often."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert torch.allclose(found.float(), expected.float(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("levels", [1, 2], ids=["one level", "one for each picture"])
+def test_modulation(width: int, levels: int) -> None:
+    rows = (1, width) if levels == 1 else (2, 1, width)
+    x, shift, factor = values(2, 5, width) + 3, values(*rows, seed=1), values(*rows, seed=2)
+    expected = flux2.modulate(x.float(), shift.float(), factor.float(), 1e-6).bfloat16()
+    assert_near(fused.modulate(x, shift, factor, 1e-6), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("lengths", [(7,), (5, 9)], ids=["single block", "double block"])
+def test_heads_of_joint_attention(heads: int, lengths: tuple[int, ...]) -> None:
+    width = 16
+    streams = []
+    for number, length in enumerate(lengths):
+        norm = flux2.QKNorm(heads, width, 1e-6).bfloat16().to(DEVICE)
+        norm.weight.data += values(2 * width, seed=number) / 4
+        # A part of wider rows, as the single blocks have it.
+        rows = values(2, length, 3 * heads * width + 8, seed=number + 9)
+        streams.append((rows[..., : 3 * heads * width], norm))
+    angle = values(sum(lengths), width, dtype=torch.float32)
+    pe = (angle.cos(), angle.sin())
+    for found, expected in zip(
+        fused.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
+    ):
+        assert_near(found, expected)
+
+
+def test_heads_of_the_text_encoder() -> None:
+    width, heads = 16, (8, 2)
+    norms = [qwen3.RMSNorm(width, 1e-6).bfloat16().to(DEVICE) for _ in "qk"]
+    for number, norm in enumerate(norms):
+        norm.weight.data += values(width, seed=number) / 4
+    qkv = values(2, 6, (8 + 2 + 2) * width)
+    cos, sin = (part.bfloat16() for part in half_rope(6, width, 1e4, DEVICE))
+    args = (qkv, *norms, heads, (cos, sin))
+    for found, expected in zip(fused.grouped_heads(*args), qwen3.grouped_heads(*args), strict=True):
+        assert_near(found, expected)
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_gates(kept: int) -> None:
+    hidden = values(2, 3, 2 * 1100 + 8)[..., 8:]
+    before = values(2, 3, kept, seed=1) if kept else None
+    assert_near(fused.gated(hidden, before), plain.gated(hidden, before))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 32), (64, 4), (96, 3)])
+@pytest.mark.parametrize("silu", [True, False])
+def test_group_norms(channels: int, groups: int, silu: bool) -> None:
+    norm = nn.GroupNorm(groups, channels, eps=1e-6).bfloat16().to(DEVICE)
+    norm.weight.data += values(channels) / 4
+    norm.bias.data += values(channels, seed=1)
+    # A mean that is large beside the spread: what a difference of squares would lose.
+    x = (values(2, channels, 37, 51, dtype=torch.float32) + 50).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = fused.normed(x, norm, silu=silu)
+    # In float64: PyTorch's own norm of float32 is further from it than what is tested.
+    expected = vae.normed(x.double(), norm.double(), silu=silu).bfloat16()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_near(found, expected)
+
+
+def test_what_a_kernel_does_not_take_goes_to_the_plain_form() -> None:
+    norm = nn.GroupNorm(2, 24).bfloat16().to(DEVICE)  # 12 channels a group
+    x = values(1, 24, 5, 5)
+    assert torch.equal(fused.normed(x, norm), vae.normed(x, norm))
+    x, factors = values(2, 5, 64), values(2, 1, 64)  # a noise level for each picture
+    assert torch.equal(
+        fused.modulate(x, factors, factors, 1e-6), flux2.modulate(x, factors, factors, 1e-6)
+    )
+
+
+def test_rounding_to_fp8() -> None:
+    if not ON_GPU:
+        pytest.skip("the interpreter rounds to fp8 in its own way")
+    x = values(7, 300) * values(7, 1, seed=1).exp()
+    x[3] = 0
+    fp8 = replace(FP8, rounding=fused.round_rows)
+    for found, expected in zip(fp8.round_rows(x), FP8.round_rows(x), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.allclose(found.float(), expected.float(), rtol=0.07)
