@@ -25,8 +25,8 @@ query heads means grouped queries.
 """
 
 
-Modulate = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(x, shift, factor, eps) -> as ``fluxcore.models.flux2.modulate``."""
+Modulated = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
+"""(linear, x, shift, factor, eps) -> as ``fluxcore.models.flux2.modulated``."""
 JointHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(streams, pe) -> as ``fluxcore.models.flux2.joint_heads``."""
 GroupedHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -51,35 +51,7 @@ def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
     return product if before is None else torch.cat((before.to(product.dtype), product), dim=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """The parts of a network that are chosen per device.
-
-    Attributes:
-        attention: attention of the transformer and of the text encoder.
-        vae_attention: attention of the VAE, one head as wide as the channels.
-        residual_dtype: dtype of the residual streams of transformer and encoder;
-            None keeps the dtype of the weights, as the references do.
-        gated: of all MLPs.
-        modulate, joint_heads: of the transformer; None: its own plain form.
-        grouped_heads: of the text encoder, likewise.
-        normed: of the VAE, likewise.
-    """
-
-    attention: Attention
-    vae_attention: Attention
-    residual_dtype: torch.dtype | None = None
-    gated: Callable[..., Tensor] = gated
-    modulate: Modulate | None = None
-    joint_heads: JointHeads | None = None
-    grouped_heads: GroupedHeads | None = None
-    normed: Normed | None = None
-
-    def residual(self, x: Tensor) -> Tensor:
-        return x if self.residual_dtype is None else x.to(self.residual_dtype)
-
-
-def narrow_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def narrow_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """A projection of normed rows, which are in the dtype of the residual stream.
 
     Shapes: x [..., N] -> [..., M] in the dtype of the weights.
@@ -89,7 +61,7 @@ def narrow_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return linear(x)  # type: ignore[no-any-return]
 
 
-def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def wide_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """A projection onto the residual stream, whose values may pass 65504.
 
     With float16 weights, each row is scaled to a largest of 1 before, and back in float32
@@ -104,6 +76,43 @@ def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
         x, math.inf, dim=-1, keepdim=True, dtype=torch.float32
     ).clamp_min(LEAST_LARGEST)  # [..., 1]
     return linear((x / largest).half()) * largest  # type: ignore[no-any-return]
+
+
+def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+    """The projection of ``gated`` rows onto the residual stream."""
+    return wide_linear(gated(hidden, before), linear)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The parts of a network that are chosen per device.
+
+    Attributes:
+        attention: attention of the transformer and of the text encoder.
+        vae_attention: attention of the VAE, one head as wide as the channels.
+        residual_dtype: dtype of the residual streams of transformer and encoder;
+            None keeps the dtype of the weights, as the references do.
+        gated: (linear, hidden, before) -> the second layer of an MLP on ``gated`` rows.
+        add_gated: (x, gate, y) -> x + gate * y, of the transformer's residual streams.
+        modulated, joint_heads: of the transformer; None: its own plain form.
+        grouped_heads: of the text encoder, likewise.
+        normed, residual_block, doubled: of the VAE, likewise.
+    """
+
+    attention: Attention
+    vae_attention: Attention
+    residual_dtype: torch.dtype | None = None
+    gated: Callable[..., Tensor] = gated_linear
+    add_gated: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.addcmul
+    modulated: Modulated | None = None
+    joint_heads: JointHeads | None = None
+    grouped_heads: GroupedHeads | None = None
+    normed: Normed | None = None
+    residual_block: Callable[..., Tensor] | None = None
+    doubled: Callable[[Tensor], Tensor] | None = None
+
+    def residual(self, x: Tensor) -> Tensor:
+        return x if self.residual_dtype is None else x.to(self.residual_dtype)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

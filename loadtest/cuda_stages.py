@@ -370,10 +370,13 @@ def rebuild(network: nn.Module, runtime: Runtime) -> None:
         functions = {
             "attention": kernels.vae_attention if of_vae else kernels.attention,
             "gated": kernels.gated,
-            "modulate": kernels.modulate or flux2.modulate,
+            "add_gated": kernels.add_gated,
+            "modulated": kernels.modulated or flux2.modulated,
             "joint_heads": kernels.joint_heads or flux2.joint_heads,
             "grouped_heads": kernels.grouped_heads or qwen3.grouped_heads,
             "normed": kernels.normed or vae.normed,
+            "run": kernels.residual_block or vae.residual_block,
+            "doubled": kernels.doubled or vae.doubled,
         }
         for name, function in functions.items():
             if not isinstance(getattr(module, name, nn.Module()), nn.Module | None):

@@ -82,6 +82,11 @@ def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, factor, F.layer_norm(x, width, eps=eps))
 
 
+def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """A projection of modulated rows. Shapes: x [B, L, D] -> [B, L, M]."""
+    return narrow_linear(modulate(x, shift, factor, eps), linear)
+
+
 class QKNorm(nn.Module):
     """RMS norm of queries and keys, each over one head.
 
@@ -124,7 +129,8 @@ class Stream(nn.Module):
         super().__init__()
         width = config.width
         self.eps = config.norm_eps
-        self.modulate = kernels.modulate or modulate
+        self.modulated = kernels.modulated or modulated
+        self.add_gated = kernels.add_gated
         self.gated = kernels.gated
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qk_norm = QKNorm(config.heads, config.head_width, config.norm_eps)
@@ -134,14 +140,13 @@ class Stream(nn.Module):
 
     def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, QKNorm]:
         """Shapes: x [B, L, D], mod [6, 1, D] -> qkv [B, L, 3 D], and how it is normed."""
-        normed = self.modulate(x, mod[0], mod[1], self.eps)
-        return narrow_linear(normed, self.qkv), self.qk_norm
+        return self.modulated(self.qkv, x, mod[0], mod[1], self.eps), self.qk_norm
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """Add the attention's output and the MLP. Shapes: x, attended [B, L, D] -> [B, L, D]."""
-        x = torch.addcmul(x, mod[2], wide_linear(attended, self.out))
-        hidden = narrow_linear(self.modulate(x, mod[3], mod[4], self.eps), self.mlp_in)
-        return torch.addcmul(x, mod[5], wide_linear(self.gated(hidden), self.mlp_out))
+        x = self.add_gated(x, mod[2], wide_linear(attended, self.out))
+        hidden = self.modulated(self.mlp_in, x, mod[3], mod[4], self.eps)
+        return self.add_gated(x, mod[5], self.gated(self.mlp_out, hidden))
 
 
 class DoubleBlock(nn.Module):
@@ -181,8 +186,9 @@ class SingleBlock(nn.Module):
         self.eps = config.norm_eps
         self.sizes = (3 * width, 2 * mlp)
         self.attention = kernels.attention
-        self.modulate = kernels.modulate or modulate
+        self.modulated = kernels.modulated or modulated
         self.joint_heads = kernels.joint_heads or joint_heads
+        self.add_gated = kernels.add_gated
         self.gated = kernels.gated
         self.qkv_mlp = nn.Linear(width, sum(self.sizes), bias=False)
         self.qk_norm = QKNorm(config.heads, config.head_width, config.norm_eps)
@@ -190,12 +196,13 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
         shift, factor, gate = mod
-        projected = narrow_linear(self.modulate(x, shift, factor, self.eps), self.qkv_mlp)
+        projected = self.modulated(self.qkv_mlp, x, shift, factor, self.eps)
         qkv, mlp = projected.split(self.sizes, dim=-1)
         q, k, v = self.joint_heads(((qkv, self.qk_norm),), pe)
         attended = self.attention(q, k, v, None)  # [B, H, L, K]
-        joined = self.gated(mlp, attended.transpose(1, 2).flatten(2))  # [B, L, D + mlp]
-        return torch.addcmul(x, gate, wide_linear(joined, self.out))
+        attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
+        # self.out takes [attended, gated mlp], D + mlp columns.
+        return self.add_gated(x, gate, self.gated(self.out, mlp, attended))
 
 
 class Flux2Transformer(nn.Module):
@@ -211,6 +218,7 @@ class Flux2Transformer(nn.Module):
         width = config.width
         self.config = config
         self.kernels = kernels
+        self.modulated = kernels.modulated or modulated
         self.time_in = nn.Linear(config.time_channels, width, bias=False)
         self.time_out = nn.Linear(width, width, bias=False)
         self.modulations = nn.Linear(width, MODULATION_ROWS * width, bias=False)
@@ -235,8 +243,7 @@ class Flux2Transformer(nn.Module):
         rows = self.kernels.residual(self.modulations(F.silu(vec)))  # [S, 17 D]
         rows = rows.unflatten(-1, (MODULATION_ROWS, 1, self.config.width))  # [S, 17, 1, D]
         of_all = Modulation.of_rows(rows.transpose(0, 1))
-        # Each with storage of its own: a compiled form is one for an offset of 0, and one for more.
-        return [Modulation(*(part[:, i].clone() for part in of_all)) for i in range(len(t))]
+        return [Modulation(*(part[:, i] for part in of_all)) for i in range(len(t))]
 
     def text_tokens(self, embeddings: Tensor) -> Tensor:
         """Text embeddings as the blocks take them, the same in every step.
@@ -257,5 +264,4 @@ class Flux2Transformer(nn.Module):
             x = block(x, mod.single, pe)
         x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
         factor, shift = mod.final
-        modulated = (self.kernels.modulate or modulate)(x, shift, factor, self.config.norm_eps)
-        return narrow_linear(modulated, self.img_out)
+        return self.modulated(self.img_out, x, shift, factor, self.config.norm_eps)

@@ -92,7 +92,7 @@ class Qwen3Layer(nn.Module):
         dtype = self.down.weight.dtype
         x = x + self.attention(self.attention_norm(x).to(dtype), rope, mask)
         gate_up = self.gate_up(self.mlp_norm(x).to(dtype))  # [B, L, 2 mlp]
-        return x + wide_linear(self.gated(gate_up), self.down)
+        return x + self.gated(self.down, gate_up)
 
 
 class Qwen3Encoder(nn.Module):

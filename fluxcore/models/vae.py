@@ -24,6 +24,18 @@ def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
     return F.silu(norm(x)) if silu else norm(x)
 
 
+def residual_block(block: ResidualBlock, x: Tensor) -> Tensor:
+    """What a residual block does. Shapes: [B, C_in, h, w] -> [B, C_out, h, w]."""
+    hidden = block.conv1(block.normed(x, block.norm1))
+    hidden = block.conv2(block.normed(hidden, block.norm2))
+    return (x if block.shortcut is None else block.shortcut(x)) + hidden  # type: ignore[no-any-return]
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Each pixel four times. Shapes: [B, C, h, w] -> [B, C, 2 h, 2 w]."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class ResidualBlock(nn.Module):
     """Two normed 3x3 convolutions around a shortcut.
 
@@ -33,6 +45,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, groups: int, kernels: Kernels) -> None:
         super().__init__()
         self.normed = kernels.normed or normed
+        self.run = kernels.residual_block or residual_block
         self.norm1 = nn.GroupNorm(groups, channels_in, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=NORM_EPS)
@@ -42,9 +55,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(self.normed(x, self.norm1))
-        hidden = self.conv2(self.normed(hidden, self.norm2))
-        return (x if self.shortcut is None else self.shortcut(x)) + hidden  # type: ignore[no-any-return]
+        return self.run(self, x)
 
 
 class AttentionBlock(nn.Module):
@@ -120,12 +131,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double each side. Shapes: [B, C, h, w] -> [B, C, 2 h, 2 w]."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernels: Kernels) -> None:
         super().__init__()
+        self.doubled = kernels.doubled or doubled
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(self.doubled(x))  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
@@ -167,7 +179,7 @@ class Decoder(nn.Module):
         previous = widths[0]
         for i, width in enumerate(widths):
             sizes = [(previous, width)] + [(width, width)] * config.layers_per_block
-            resample = Upsample(width) if i < len(widths) - 1 else None
+            resample = Upsample(width, kernels) if i < len(widths) - 1 else None
             self.levels.append(Level(sizes, config.norm_groups, resample, kernels))
             previous = width
         self.normed = kernels.normed or normed

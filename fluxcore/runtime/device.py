@@ -86,11 +86,14 @@ class Runtime:
 
         return replace(
             plain,
-            gated=fused.gated,
-            modulate=fused.modulate,
+            gated=fused.gated_linear,
+            add_gated=fused.add_gated,
+            modulated=fused.modulated,
             joint_heads=fused.joint_heads,
             grouped_heads=fused.grouped_heads,
             normed=fused.normed,
+            residual_block=fused.residual_block,
+            doubled=fused.doubled,
         )
 
     @property

@@ -136,8 +136,11 @@ class EightBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = self.format.round_rows(x.flatten(0, -2))  # [M, K], [M, 1]
-        product = self.format.product(rows, scale, self.weight, self.weight_scale, x.dtype)
-        return product.view(*x.shape[:-1], -1)  # [..., N]
+        return self.multiply(rows, scale, x.dtype).view(*x.shape[:-1], -1)  # [..., N]
+
+    def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows that are rounded already. Shapes: rows [M, K], scale [M, 1] -> [M, N]."""
+        return self.format.product(rows, scale, self.weight, self.weight_scale, dtype)
 
 
 def quantise(blocks: Iterable[nn.Module], format: EightBits) -> int:

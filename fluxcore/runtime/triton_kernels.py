@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,14 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fluxcore.runtime.quantised import SMALLEST_AMAX, EightBitLinear
+
 MOST_HEADS = 8
 """Heads of one token that one program turns."""
 COLUMNS = 1024
 """Columns of one row that one program gates."""
-NORM_ELEMENTS = 8192
-"""Values that one program of a group norm holds at once."""
-NORM_TILES = 16
-"""Tiles of which one program sums."""
+ELEMENTS = 8192
+"""Values of a picture that one program holds at once."""
+NORM_TILES = 8
+"""Tiles that one program sums."""
 
 
 Rope = tuple[Tensor, Tensor]
@@ -45,7 +48,35 @@ class JointNorm(RowNorm, Protocol):
 
 
 @triton.jit
-def _modulate(x, shift, factor, out, width, eps, BLOCK: tl.constexpr):
+def _store_row(
+    values, out, scales, width, largest, smallest, ROUND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row as it is, or scaled to a format's range, with its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    if ROUND:
+        # As if it had been written in between.
+        values = values.to(tl.bfloat16).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(values), 0), smallest) / largest
+        tl.store(scales + row, scale)
+        values = values / scale
+    tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _modulate(
+    x,
+    shift,
+    factor,
+    out,
+    scales,
+    width,
+    eps,
+    largest,
+    smallest,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -55,18 +86,53 @@ def _modulate(x, shift, factor, out, width, eps, BLOCK: tl.constexpr):
     normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
     scaled = normed * tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
     moved = scaled + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + at, moved.to(out.dtype.element_ty), mask=inside)
+    _store_row(moved, out, scales, width, largest, smallest, ROUND, BLOCK)
 
 
-def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """As ``fluxcore.models.flux2.modulate``."""
+def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """As ``fluxcore.models.flux2.modulated``."""
     width = x.shape[-1]
     if factor.numel() != width or not x.is_contiguous():
-        return torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps))
-    out = torch.empty_like(x)
+        return linear(torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps)))  # type: ignore[no-any-return]
+    rows = _Rows.made(linear, x, width)
     block = triton.next_power_of_2(width)
-    _modulate[(x.numel() // width,)](x, shift, factor, out, width, eps, block, num_warps=8)
-    return out
+    _modulate[(x.numel() // width,)](
+        x, shift, factor, rows.values, rows.scales, width, eps, *rows.rounding, block, num_warps=8
+    )
+    return rows.times(linear, x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Where a kernel writes what a linear layer reads: as it is, or rounded for an fp8 layer.
+
+    Attributes:
+        scales: of the rows, where they are rounded.
+        rounding: the largest value of the format, the smallest largest one of a row that
+            counts, and whether there is any rounding.
+    """
+
+    values: Tensor
+    scales: Tensor
+    rounding: tuple[float, float, bool]
+
+    @classmethod
+    def made(cls, linear: nn.Module, x: Tensor, width: int) -> _Rows:
+        """For rows as many as those of x."""
+        shape = (*x.shape[:-1], width)
+        if not isinstance(linear, EightBitLinear):
+            values = x.new_empty(shape)
+            return cls(values, values, (1.0, 1.0, False))
+        values = x.new_empty(shape, dtype=linear.format.dtype)
+        scales = x.new_empty((values.numel() // width, 1), dtype=torch.float32)
+        return cls(values, scales, (linear.format.largest, SMALLEST_AMAX, True))
+
+    def times(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """The product. Shapes: [..., K] -> [..., N] in x's dtype."""
+        if not isinstance(linear, EightBitLinear):
+            return linear(self.values)  # type: ignore[no-any-return]
+        product = linear.multiply(self.values.flatten(0, -2), self.scales, x.dtype)
+        return product.view(*x.shape[:-1], -1)
 
 
 @triton.jit
@@ -204,6 +270,57 @@ def _gate(before, hidden, out, before_stride, hidden_stride, kept, mlp, BLOCK: t
     tl.store(out + place, both.to(out.dtype.element_ty), mask=at < kept + mlp)
 
 
+@triton.jit
+def _gate_and_round(
+    before,
+    hidden,
+    out,
+    scales,
+    hidden_stride,
+    kept,
+    mlp,
+    largest,
+    smallest,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = (at >= kept) & (at < kept + mlp)
+    source = hidden + row * hidden_stride + at - kept
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(source + mlp, mask=inside, other=0.0).to(tl.float32)
+    copied = tl.load(before + row * kept + at, mask=at < kept, other=0.0).to(tl.float32)
+    values = tl.where(at < kept, copied, gate / (1 + tl.exp(-gate)) * value)
+    _store_row(values, out, scales, kept + mlp, largest, smallest, ROUND, BLOCK)
+
+
+def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+    """As ``fluxcore.kernels.gated_linear``."""
+    if not isinstance(linear, EightBitLinear):
+        return linear(gated(hidden, before))  # type: ignore[no-any-return]
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    before = hidden if before is None else before.contiguous()
+    mlp = hidden.shape[-1] // 2
+    kept = 0 if before is hidden else before.shape[-1]
+    width = kept + mlp
+    rows = _Rows.made(linear, hidden, width)
+    block = triton.next_power_of_2(width)
+    _gate_and_round[(hidden.shape[:-1].numel(),)](
+        before,
+        hidden,
+        rows.values,
+        rows.scales,
+        hidden.stride(-2),
+        kept,
+        mlp,
+        *rows.rounding,
+        block,
+        num_warps=16 if block > ELEMENTS else 8,
+    )
+    return rows.times(linear, hidden)
+
+
 def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
     """As ``fluxcore.kernels.gated``."""
     rows = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
@@ -235,19 +352,19 @@ def _sum_channels(
     source = x + batch.to(tl.int64) * pixels * channels + channel
     # Sums of differences from the first pixel, so that a large mean costs no digits.
     pivot = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    once = tl.zeros((WIDTH,), tl.float32)
-    twice = tl.zeros((WIDTH,), tl.float32)
+    once = tl.zeros((BLOCK, WIDTH), tl.float32)
+    twice = tl.zeros((BLOCK, WIDTH), tl.float32)
     for step in range(STEPS):
         pixel = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)[:, None]
         there = inside & (pixel < pixels)
         values = tl.load(source + pixel.to(tl.int64) * channels, mask=there, other=0.0)
         apart = tl.where(there, values.to(tl.float32) - pivot, 0.0)
-        once += tl.sum(apart, 0)
-        twice += tl.sum(apart * apart, 0)
+        once += apart
+        twice += apart * apart
     at = tl.arange(0, WIDTH)
     place = sums + (batch * tl.num_programs(0) + part) * 2 * channels + at
-    tl.store(place, once, mask=at < channels)
-    tl.store(place + channels, twice, mask=at < channels)
+    tl.store(place, tl.sum(once, 0), mask=at < channels)
+    tl.store(place + channels, tl.sum(twice, 0), mask=at < channels)
 
 
 @triton.jit
@@ -256,11 +373,13 @@ def _factors(
     sums,
     weight,
     bias,
+    added,
     factors,
     pixels,
     channels,
     parts,
     eps,
+    ADDED: tl.constexpr,
     EACH: tl.constexpr,
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -275,13 +394,14 @@ def _factors(
         once += tl.sum(tl.load(place, mask=part < parts, other=0.0), 0)
         twice += tl.sum(tl.load(place + channels, mask=part < parts, other=0.0), 0)
     pivot = tl.load(x + batch.to(tl.int64) * pixels * channels + channel).to(tl.float32)
-    mean = pivot + once / pixels  # of each channel
+    more = tl.load(added + channel).to(tl.float32) if ADDED else tl.zeros((EACH,), tl.float32)
+    mean = pivot + more + once / pixels  # of each channel
     squares = twice - once * once / pixels
     centre = tl.sum(mean, 0) / EACH
     away = mean - centre
     variance = tl.sum(squares + away * away * pixels, 0) / (EACH * pixels)
     factor = tl.load(weight + channel).to(tl.float32) / tl.sqrt(variance + eps)
-    shift = tl.load(bias + channel).to(tl.float32) - centre * factor
+    shift = tl.load(bias + channel).to(tl.float32) + (more - centre) * factor
     tl.store(factors + batch * 2 * channels + channel, factor)
     tl.store(factors + (batch * 2 + 1) * channels + channel, shift)
 
@@ -305,16 +425,23 @@ def _scale_channels(
     tl.store(out + place, values.to(out.dtype.element_ty), mask=there)
 
 
-def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
-    """As ``fluxcore.models.vae.normed``, for pictures whose channels lie side by side."""
+def normed(
+    x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True
+) -> Tensor:
+    """As ``fluxcore.models.vae.normed``, for pictures whose channels lie side by side.
+
+    Args:
+        added: a bias that x is still without, [C].
+    """
     batch, channels, height, width = x.shape
     each = channels // norm.num_groups
     power = each & (each - 1) == 0
     if not (power and x.is_contiguous(memory_format=torch.channels_last)):
+        x = x if added is None else x + added[:, None, None]
         return F.silu(norm(x)) if silu else norm(x)
     pixels = height * width
     side = triton.next_power_of_2(channels)
-    block = max(1, NORM_ELEMENTS // side)
+    block = max(1, ELEMENTS // side)
     tiles = triton.cdiv(pixels, block)
     parts = triton.cdiv(tiles, NORM_TILES)
     at_once = max(1, 1024 // each)
@@ -327,11 +454,13 @@ def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
         sums,
         norm.weight,
         norm.bias,
+        x if added is None else added,
         factors,
         pixels,
         channels,
         parts,
         norm.eps,
+        added is not None,
         each,
         at_once,
         triton.next_power_of_2(triton.cdiv(parts, at_once)),
@@ -343,14 +472,102 @@ def normed(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
 
 
 @triton.jit
-def _round_rows(x, out, scales, width, largest, smallest, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
+def _add_pictures(x, y, bias, out, size, channels, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    added = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(bias + at % channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, added.to(out.dtype.element_ty), mask=inside)
+
+
+class Residual(Protocol):
+    """A residual block of the VAE."""
+
+    norm1: nn.GroupNorm
+    norm2: nn.GroupNorm
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    shortcut: nn.Conv2d | None
+
+
+def residual_block(block: Residual, x: Tensor) -> Tensor:
+    """As ``fluxcore.models.vae.residual_block``; biases are added with what comes next."""
+    hidden = _unbiased(block.conv1, normed(x, block.norm1))
+    hidden = _unbiased(block.conv2, normed(hidden, block.norm2, block.conv1.bias))
+    bias = block.conv2.bias
+    assert bias is not None
+    if block.shortcut is not None:
+        assert block.shortcut.bias is not None
+        bias = bias + block.shortcut.bias
+        x = _unbiased(block.shortcut, x)
+    last = torch.channels_last
+    if not (x.is_contiguous(memory_format=last) and hidden.is_contiguous(memory_format=last)):
+        return x + hidden + bias[:, None, None]
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), COLUMNS),)
+    _add_pictures[grid](x, hidden, bias, out, x.numel(), x.shape[1], COLUMNS, num_warps=4)
+    return out
+
+
+def _unbiased(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)  # type: ignore[arg-type]
+
+
+@triton.jit
+def _double(x, out, size, width, channels, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = tl.load(x + at, mask=inside)
+    pixel = at // channels
+    row, column = pixel // width, pixel % width
+    corner = (row * 4 * width + column * 2) * channels + at % channels
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            tl.store(out + corner + (down * 2 * width + right) * channels, values, mask=inside)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """As ``fluxcore.models.vae.doubled``, for pictures whose channels lie side by side."""
+    last = torch.channels_last
+    if not x.is_contiguous(memory_format=last):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, 2 * height, 2 * width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+    grid = (triton.cdiv(x.numel(), COLUMNS),)
+    _double[grid](x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
+    return out
+
+
+@triton.jit
+def _add_gated(x, gate, y, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), 0), smallest) / largest
-    tl.store(out + row * width + at, (values / scale).to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row, scale)
+    added = tl.load(y + row + at, mask=inside, other=0.0).to(tl.float32)
+    added *= tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + at, added.to(out.dtype.element_ty), mask=inside)
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """As ``torch.addcmul``, for a gate that all rows share."""
+    width = x.shape[-1]
+    if gate.numel() != width or not (x.is_contiguous() and y.is_contiguous()):
+        return torch.addcmul(x, gate, y)
+    out = torch.empty_like(x)
+    grid = (x.numel() // width, triton.cdiv(width, COLUMNS))
+    _add_gated[grid](x, gate, y, out, width, COLUMNS, num_warps=4)
+    return out
+
+
+@triton.jit
+def _round_rows(x, out, scales, width, largest, smallest, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * width
+    values = tl.load(x + row + at, mask=at < width, other=0.0).to(tl.float32)
+    _store_row(values, out, scales, width, largest, smallest, ROUND, BLOCK)
 
 
 def round_rows(
@@ -362,6 +579,6 @@ def round_rows(
     out = torch.empty_like(x, dtype=dtype)
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    warps = 16 if block > 8192 else 8
-    _round_rows[(rows,)](x, out, scales, width, largest, smallest, block, num_warps=warps)
+    warps = 16 if block > ELEMENTS else 8
+    _round_rows[(rows,)](x, out, scales, width, largest, smallest, True, block, num_warps=warps)
     return out, scales

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fluxcore import kernels as plain
 from fluxcore.models import flux2, qwen3, vae
 from fluxcore.models.rope import half_rope
-from fluxcore.runtime.quantised import FP8
+from fluxcore.runtime.quantised import FP8, EightBitLinear
 
 pytest.importorskip("triton", reason="Triton is not installed")
 # exp of what is far below zero is infinite, and what is divided by it zero.
@@ -25,6 +25,10 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 from fluxcore.runtime import triton_kernels as fused  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ROUNDS = pytest.mark.skipif(not ON_GPU, reason="fp8 is multiplied by GPUs only")
+ROUNDED = replace(FP8, rounding=fused.round_rows)
+SAME = nn.Identity()
+PLAIN = plain.Kernels(plain.plain_attention, plain.plain_attention)
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -44,7 +48,7 @@ def test_modulation(width: int, levels: int) -> None:
     rows = (1, width) if levels == 1 else (2, 1, width)
     x, shift, factor = values(2, 5, width) + 3, values(*rows, seed=1), values(*rows, seed=2)
     expected = flux2.modulate(x.float(), shift.float(), factor.float(), 1e-6).bfloat16()
-    assert_near(fused.modulate(x, shift, factor, 1e-6), expected)
+    assert_near(fused.modulated(SAME, x, shift, factor, 1e-6), expected)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
@@ -101,22 +105,60 @@ def test_group_norms(channels: int, groups: int, silu: bool) -> None:
     assert_near(found, expected)
 
 
+@pytest.mark.parametrize(("channels_in", "channels_out"), [(32, 32), (64, 32)])
+def test_residual_blocks_of_the_vae(channels_in: int, channels_out: int) -> None:
+    block = vae.ResidualBlock(channels_in, channels_out, 4, PLAIN).bfloat16().to(DEVICE)
+    for number, parameter in enumerate(block.parameters()):
+        parameter.data += values(*parameter.shape, seed=number) / 4
+    block.requires_grad_(False)
+    x = values(2, channels_in, 13, 9).contiguous(memory_format=torch.channels_last)
+    found = fused.residual_block(block, x)
+    expected = block.float()(x.float()).bfloat16()
+    assert torch.linalg.vector_norm(found - expected) < 0.02 * torch.linalg.vector_norm(expected)
+
+
+def test_pixels_doubled() -> None:
+    x = values(2, 24, 5, 7).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fused.doubled(x), vae.doubled(x))
+    assert torch.equal(fused.doubled(x.contiguous()), vae.doubled(x))
+
+
+def test_gated_updates() -> None:
+    x, gate, y = values(2, 3, 1100), values(1, 1100, seed=1), values(2, 3, 1100, seed=2)
+    assert_near(fused.add_gated(x, gate, y), torch.addcmul(x, gate, y))
+
+
 def test_what_a_kernel_does_not_take_goes_to_the_plain_form() -> None:
     norm = nn.GroupNorm(2, 24).bfloat16().to(DEVICE)  # 12 channels a group
     x = values(1, 24, 5, 5)
     assert torch.equal(fused.normed(x, norm), vae.normed(x, norm))
     x, factors = values(2, 5, 64), values(2, 1, 64)  # a noise level for each picture
     assert torch.equal(
-        fused.modulate(x, factors, factors, 1e-6), flux2.modulate(x, factors, factors, 1e-6)
+        fused.modulated(SAME, x, factors, factors, 1e-6),
+        flux2.modulate(x, factors, factors, 1e-6),
     )
+    assert torch.equal(fused.add_gated(x, factors, x), torch.addcmul(x, factors, x))
 
 
+@ROUNDS
 def test_rounding_to_fp8() -> None:
-    if not ON_GPU:
-        pytest.skip("the interpreter rounds to fp8 in its own way")
     x = values(7, 300) * values(7, 1, seed=1).exp()
     x[3] = 0
-    fp8 = replace(FP8, rounding=fused.round_rows)
-    for found, expected in zip(fp8.round_rows(x), FP8.round_rows(x), strict=True):
+    for found, expected in zip(ROUNDED.round_rows(x), FP8.round_rows(x), strict=True):
         assert found.dtype == expected.dtype
         assert torch.allclose(found.float(), expected.float(), rtol=0.07)
+
+
+@ROUNDS
+def test_fp8_layers_get_rows_that_are_rounded_already() -> None:
+    """Bit for bit what they round themselves."""
+    x, shift, factor = values(1, 40, 64), values(1, 64, seed=1), values(1, 64, seed=2)
+    layer = EightBitLinear(nn.Linear(64, 48, bias=False).bfloat16().to(DEVICE), ROUNDED)
+    apart = layer(fused.modulated(SAME, x, shift, factor, 1e-6))
+    assert torch.equal(fused.modulated(layer, x, shift, factor, 1e-6), apart)
+    hidden, before = values(1, 40, 96), values(1, 40, 16, seed=1)
+    assert torch.equal(
+        fused.gated_linear(layer, hidden, before), layer(fused.gated(hidden, before))
+    )
+    layer = EightBitLinear(nn.Linear(48, 32, bias=False).bfloat16().to(DEVICE), ROUNDED)
+    assert torch.equal(fused.gated_linear(layer, hidden), layer(fused.gated(hidden)))
