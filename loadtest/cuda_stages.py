@@ -283,6 +283,7 @@ class Bench:
         table = profiler.key_averages().table(
             sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=110
         )
+        found(f"idle, {name}", size, idle_ms(profiler))
         if self.out is not None:
             (self.out / f"profile-{name}.txt").write_text(table)
 
@@ -420,6 +421,25 @@ def device_ms(work: Callable[..., Any], *args: Any) -> float:
         ended.synchronize()
         times.append(begun.elapsed_time(ended) / GRAPHED_CALLS)
     return statistics.median(times)
+
+
+def idle_ms(profiler: Any) -> dict[str, float]:
+    """How long the GPU stood still between the first and the last kernel, by length of the gap."""
+    events = profiler.profiler.kineto_results.events()
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    )
+    told = {"busy": 0.0, "under 5 us": 0.0, "under 50 us": 0.0, "longer": 0.0, "longest": 0.0}
+    last = spans[0][0]
+    for start, end in spans:
+        gap = max(0, start - last) / 1e6
+        told["under 5 us" if gap < 0.005 else "under 50 us" if gap < 0.05 else "longer"] += gap
+        told["longest"] = max(told["longest"], gap)
+        told["busy"] += max(0, end - max(start, last)) / 1e6
+        last = max(last, end)
+    return {**told, "kernels": float(len(spans))}
 
 
 def wall_ms(work: Callable[..., Any], *args: Any) -> float:

@@ -243,7 +243,9 @@ class Flux2Transformer(nn.Module):
         rows = self.kernels.residual(self.modulations(F.silu(vec)))  # [S, 17 D]
         rows = rows.unflatten(-1, (MODULATION_ROWS, 1, self.config.width))  # [S, 17, 1, D]
         of_all = Modulation.of_rows(rows.transpose(0, 1))
-        return [Modulation(*(part[:, i] for part in of_all)) for i in range(len(t))]
+        # Each with storage of its own: a compiler makes another form for tensors that begin inside
+        # one, whose results differ in the last bit.
+        return [Modulation(*(part[:, i].clone() for part in of_all)) for i in range(len(t))]
 
     def text_tokens(self, embeddings: Tensor) -> Tensor:
         """Text embeddings as the blocks take them, the same in every step.
