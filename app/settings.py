@@ -78,7 +78,7 @@ class Settings(BaseModel):
         description="Compile the networks before the service is ready: on, off, or auto: on CUDA.",
     )
     cuda_graphs: int = Field(
-        default=0,
+        default=24,
         ge=0,
         le=1000,
         description="CUDA only: recordings of what the GPU is to do, kept per network and size; "

@@ -157,7 +157,7 @@ class FluxPipeline:
         kernels: KernelChoice = "auto",
         compile_networks: Compile = "off",
         compiled_store: Path | None = None,
-        cuda_graphs: int = 0,
+        cuda_graphs: int = 24,
     ) -> FluxPipeline:
         """Load a checkpoint directory onto a device.
 
@@ -446,8 +446,8 @@ class FluxPipeline:
         device, dtype = self.runtime.device, self.runtime.dtypes.weights
         grid = _grid(params.width, params.height)
         channels = self.config.transformer.in_channels
-        noise = draw_noise(params.seeds[image_index], channels, grid).to(dtype)
-        noise = noise.contiguous().to(device)
+        drawn = draw_noise(params.seeds[image_index], channels, grid).transpose(1, 2)
+        noise = self.runtime.placed(drawn, dtype).transpose(1, 2).contiguous()
         inpainting = None
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"

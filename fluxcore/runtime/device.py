@@ -144,6 +144,15 @@ class Runtime:
         """A pure function whose launches are recorded where that is done; see ``Graphs``."""
         return function if self.graphs is None else self.graphs.wrap(function, most_tokens)
 
+    def placed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of the host on the device, in another dtype.
+
+        For CUDA it is rounded there: PyTorch's threads on the host can wait 10 ms for a processor.
+        """
+        if self.device.type == "cuda":
+            return x.to(self.device).to(dtype)
+        return x.to(dtype).to(self.device)
+
     def to_host(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors in host memory; from CUDA through pinned memory, with one wait for all."""
         if self.device.type != "cuda":

@@ -511,7 +511,7 @@ def residual_block(block: Residual, x: Tensor) -> Tensor:
 
 
 def _unbiased(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)  # type: ignore[arg-type]
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 @triton.jit
