@@ -20,7 +20,8 @@ LEAST_LARGEST = 1e-6
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> out; q and out [B, H, L, K], k and v [B, H or fewer, L, K].
 
-``mask`` is boolean, True where a key may be seen, or None. Fewer key heads than
+``mask`` is boolean, True where a key may be seen, or, where ``Kernels.adds_masks``, 0 there and
+minus infinity elsewhere; or None. Fewer key heads than
 query heads means grouped queries.
 """
 
@@ -92,6 +93,7 @@ class Kernels:
         vae_attention: attention of the VAE, one head as wide as the channels.
         residual_dtype: dtype of the residual streams of transformer and encoder;
             None keeps the dtype of the weights, as the references do.
+        adds_masks: attention takes masks as what is added to the scores, not as booleans.
         gated: (linear, hidden, before) -> the second layer of an MLP on ``gated`` rows.
         add_gated: (x, gate, y) -> x + gate * y, of the transformer's residual streams.
         modulated, joint_heads: of the transformer; None: its own plain form.
@@ -102,6 +104,7 @@ class Kernels:
     attention: Attention
     vae_attention: Attention
     residual_dtype: torch.dtype | None = None
+    adds_masks: bool = False
     gated: Callable[..., Tensor] = gated_linear
     add_gated: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.addcmul
     modulated: Modulated | None = None

@@ -262,12 +262,12 @@ class Bench:
             found(name, size, told)
 
     def _same(self, one: str, other: str) -> None:
-        for size, latents in self.latents[one].items():
+        for size, latents in self.latents.get(one, {}).items():
             equal = torch.equal(latents, self.latents[other][size])
             found(f"{other} equals {one}", size, {"bit for bit": float(equal)})
 
     def _distance(self, one: str, other: str) -> None:
-        for size, latents in self.latents[one].items():
+        for size, latents in self.latents.get(one, {}).items():
             a, b = latents.double(), self.latents[other][size].double()
             distance = float((a - b).norm() / a.norm())
             found(f"{other} against {one}", size, {"latents, relative": distance})

@@ -10,6 +10,8 @@ Flux2KleinPipeline._get_qwen3_prompt_embeds.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,6 +118,8 @@ class Qwen3Encoder(nn.Module):
         x = self.embedding(ids)  # [B, L, D]
         rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
         mask = causal_mask(length, token_count)  # [B, 1, L, L]
+        if self.kernels.adds_masks:
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
         states = []
         x = self.kernels.residual(x)
         for number, layer in enumerate(self.layers, start=1):

@@ -404,12 +404,7 @@ class FluxPipeline:
         params = job.params
         for attempt in range(1, ATTEMPTS + 1):
             latents = None
-            steps = self.denoise(job, index, encoded)
-            while True:
-                with times.stage("denoise"):
-                    step = next(steps, None)
-                if step is None:
-                    break
+            for step in self._steps(self.denoise(job, index, encoded), times):
                 latents = step.latents
                 yield Progress("denoise", index, step.index, params.steps, step)
             assert latents is not None, "a schedule has at least one step"
@@ -428,6 +423,35 @@ class FluxPipeline:
             yield Progress("decode", index, params.steps, params.steps)
             return picture
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _steps(self, steps: Iterator[DenoiseStep], times: StageTimes) -> Iterator[DenoiseStep]:
+        """Each step once it is done.
+
+        A GPU has got the next one by then, so that it does not stand still while the host
+        looks at what else there is to do.
+        """
+        if not self.runtime.runs_ahead:
+            while True:
+                with times.stage("denoise"):
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        with times.stage("denoise", waits=False):
+            queued = self._queued(steps)
+        while queued is not None:
+            step, wait = queued
+            with times.stage("denoise", waits=False):
+                queued = self._queued(steps)
+                wait()
+            yield step
+
+    def _queued(
+        self, steps: Iterator[DenoiseStep]
+    ) -> tuple[DenoiseStep, Callable[[], None]] | None:
+        """The next step, begun, and what waits for its end."""
+        step = next(steps, None)
+        return None if step is None else (step, self.runtime.mark())
 
     def _encode(self, job: PreparedJob, times: StageTimes) -> EncodedJob:
         """Prompt and references once more, in one go."""

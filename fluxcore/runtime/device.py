@@ -86,6 +86,7 @@ class Runtime:
 
         return replace(
             plain,
+            adds_masks=True,
             gated=fused.gated_linear,
             add_gated=fused.add_gated,
             modulated=fused.modulated,
@@ -167,6 +168,19 @@ class Runtime:
     def channels_last(self) -> bool:
         """Whether convolutions run on channels-last weights and pictures."""
         return self.kind != "mps"
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether work can be queued behind other work that ``mark`` then tells the end of."""
+        return self.device.type == "cuda"
+
+    def mark(self) -> Callable[[], None]:
+        """What waits, when it is called, for all that has been queued until now."""
+        if self.device.type != "cuda":
+            return self.synchronize
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+        return done.synchronize
 
     def synchronize(self) -> None:
         """Wait until the device has finished what was queued."""

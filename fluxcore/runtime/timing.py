@@ -20,11 +20,16 @@ class StageTimes:
         self.milliseconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure one span of work, which may be one of several of its stage."""
+    def stage(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """Measure one span of work, which may be one of several of its stage.
+
+        Args:
+            waits: for the device; otherwise whoever does the work waits for what it needs.
+        """
         started = time.perf_counter()
         yield
-        self._synchronize()
+        if waits:
+            self._synchronize()
         spent = (time.perf_counter() - started) * 1000
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
 

@@ -148,9 +148,9 @@ def _turn(
     first,
     joint,
     q_heads,
-    turned_heads,
     out_heads,
     eps,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTNER: tl.constexpr,
@@ -158,11 +158,13 @@ def _turn(
     row, group = tl.program_id(0), tl.program_id(1)
     head = group * HEADS + tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
-    source = qkv + row.to(tl.int64) * row_stride + head * WIDTH
+    # Heads of q, then of k and of v, of which each comes as often as queries share it.
+    shared = q_heads + (head - q_heads) // GROUP
+    source = qkv + row.to(tl.int64) * row_stride + tl.where(head < q_heads, head, shared) * WIDTH
     position = first + row % tokens
     target = (row // tokens) * joint + position
     x = tl.load(source + channel)
-    if group * HEADS < turned_heads:
+    if group * HEADS < 2 * q_heads:
         # Channels that turn together: neighbours, or one of each half.
         partner = channel ^ PARTNER
         weight = q_weight if group * HEADS < q_heads else k_weight
@@ -194,12 +196,12 @@ def _turned(
 ) -> None:
     """Norm and turn q and k of some tokens; v is copied where ``out`` has room for it.
 
-    Shapes: qkv [B, L, all heads K], rows of any stride; out [B, L_joint, heads, K], of which
-    tokens ``first`` to ``first + L`` are written; heads of q and of k.
+    Shapes: qkv [B, L, (heads + 2 kv) K], rows of any stride; out [B, L_joint, 2 or 3 heads, K],
+    of which tokens ``first`` to ``first + L`` are written; heads of q and of k.
     """
     batch, tokens, _ = qkv.shape
     _, joint, out_heads, width = out.shape
-    size = math.gcd(math.gcd(*heads), math.gcd(out_heads, MOST_HEADS))
+    size = math.gcd(heads[0], MOST_HEADS)
     _turn[(batch * tokens, out_heads // size)](
         qkv,
         *weights,
@@ -210,9 +212,9 @@ def _turned(
         first,
         joint,
         heads[0],
-        sum(heads),
         out_heads,
         eps,
+        heads[0] // heads[1],
         size,
         width,
         partner,
@@ -246,12 +248,11 @@ def joint_heads(
 def grouped_heads(
     qkv: Tensor, q_norm: RowNorm, k_norm: RowNorm, heads: tuple[int, int], rope: Rope
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``fluxcore.models.qwen3.grouped_heads``."""
+    """As ``fluxcore.models.qwen3.grouped_heads``, but k and v have as many heads as q."""
     width = len(q_norm.weight)
-    out = qkv.new_empty((*qkv.shape[:2], sum(heads), width))
+    out = qkv.new_empty((*qkv.shape[:2], 3 * heads[0], width))
     _turned(qkv, (q_norm.weight, k_norm.weight), rope, out, heads, q_norm.eps, partner=width // 2)
-    q, k = out.split(heads, dim=2)
-    v = qkv.unflatten(-1, (-1, width))[:, :, sum(heads) :]
+    q, k, v = out.chunk(3, dim=2)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 

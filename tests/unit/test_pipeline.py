@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_SEED
 from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress
+from fluxcore.runtime import Runtime
 
 Encoded = list[int]
 
@@ -291,6 +292,35 @@ def test_every_step_is_shown_to_the_caller(pipe: FluxPipeline) -> None:
 
     pipe.generate(params(n=2, steps=3), on_step=on_step)
     assert seen == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+
+
+def test_a_gpu_has_the_next_step_before_the_last_one_is_shown(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = GenerationParams(prompt="a kite", width=64, height=64, steps=3, seed=1)
+    expected = pipe.generate(params).images[0].tobytes()
+    told: list[str] = []
+    velocity_of, marks = pipe._velocity_of, iter(range(1, 9))
+
+    def velocity(*args: Any) -> torch.Tensor:
+        told.append("begun")
+        return velocity_of(*args)
+
+    def mark(runtime: Runtime) -> Callable[[], None]:
+        number = next(marks)
+        return lambda: told.append(f"waited for {number}")
+
+    monkeypatch.setattr(pipe, "_velocity_of", velocity)
+    monkeypatch.setattr(Runtime, "runs_ahead", True)
+    monkeypatch.setattr(Runtime, "mark", mark)
+    result = pipe.generate(params, lambda step, _: told.append(f"shown {step.index}"))
+    assert told == [
+        *("begun", "begun", "waited for 1", "shown 1"),
+        *("begun", "waited for 2", "shown 2"),
+        *("waited for 3", "shown 3"),
+    ]
+    assert result.images[0].tobytes() == expected
+    assert result.timings["denoise"] > 0
 
 
 def test_the_result_tells_times_memory_and_what_was_used(pipe: FluxPipeline) -> None:
