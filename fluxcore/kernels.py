@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,13 @@ class Kernels:
 
     def residual(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else x.to(self.residual_dtype)
+
+
+def for_heads(
+    width: int, kernel: Callable[..., Any] | None, plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A kernel where there is one and it takes heads of that width: a power of two."""
+    return plain if kernel is None or width & (width - 1) else kernel
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

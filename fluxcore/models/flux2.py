@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import TransformerConfig
-from fluxcore.kernels import Kernels, narrow_linear, wide_linear
+from fluxcore.kernels import Kernels, for_heads, narrow_linear, wide_linear
 from fluxcore.models.rope import Rope, rotate_pairs
 
 
@@ -158,7 +158,7 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
         super().__init__()
         self.attention = kernels.attention
-        self.joint_heads = kernels.joint_heads or joint_heads
+        self.joint_heads = for_heads(config.head_width, kernels.joint_heads, joint_heads)
         self.img = Stream(config, kernels)
         self.txt = Stream(config, kernels)
 
@@ -187,7 +187,7 @@ class SingleBlock(nn.Module):
         self.sizes = (3 * width, 2 * mlp)
         self.attention = kernels.attention
         self.modulated = kernels.modulated or modulated
-        self.joint_heads = kernels.joint_heads or joint_heads
+        self.joint_heads = for_heads(config.head_width, kernels.joint_heads, joint_heads)
         self.add_gated = kernels.add_gated
         self.gated = kernels.gated
         self.qkv_mlp = nn.Linear(width, sum(self.sizes), bias=False)

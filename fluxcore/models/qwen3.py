@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
-from fluxcore.kernels import Kernels, wide_linear
+from fluxcore.kernels import Kernels, for_heads, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
 
 
@@ -62,7 +62,7 @@ class Qwen3Attention(nn.Module):
         super().__init__()
         self.heads = (config.heads, config.kv_heads)
         self.attention = kernels.attention
-        self.grouped_heads = kernels.grouped_heads or grouped_heads
+        self.grouped_heads = for_heads(config.head_width, kernels.grouped_heads, grouped_heads)
         all_heads = config.heads + 2 * config.kv_heads
         self.qkv = nn.Linear(config.width, all_heads * config.head_width, bias=False)
         self.q_norm = RMSNorm(config.head_width, config.norm_eps)

@@ -22,7 +22,7 @@ def draw_noise(seed: int, channels: int, grid: Grid) -> Tensor:
     """Seeded noise on the host, the same for every device and dtype.
 
     diffusers draws in the model's dtype from a CPU generator, which gives these
-    very values, rounded.
+    very values, rounded; with PyTorch 2.11, in bfloat16, it gives others.
 
     Shapes: [1, h w, C] float32.
     """

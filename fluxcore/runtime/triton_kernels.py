@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,12 @@ NORM_TILES = 8
 
 
 Rope = tuple[Tensor, Tensor]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument, which need not be the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, **options)
 
 
 class RowNorm(Protocol):
@@ -96,8 +102,19 @@ def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: 
         return linear(torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps)))  # type: ignore[no-any-return]
     rows = _Rows.made(linear, x, width)
     block = triton.next_power_of_2(width)
-    _modulate[(x.numel() // width,)](
-        x, shift, factor, rows.values, rows.scales, width, eps, *rows.rounding, block, num_warps=8
+    _launch(
+        _modulate,
+        (x.numel() // width,),
+        x,
+        shift,
+        factor,
+        rows.values,
+        rows.scales,
+        width,
+        eps,
+        *rows.rounding,
+        block,
+        num_warps=8,
     )
     return rows.times(linear, x)
 
@@ -202,7 +219,9 @@ def _turned(
     batch, tokens, _ = qkv.shape
     _, joint, out_heads, width = out.shape
     size = math.gcd(heads[0], MOST_HEADS)
-    _turn[(batch * tokens, out_heads // size)](
+    _launch(
+        _turn,
+        (batch * tokens, out_heads // size),
         qkv,
         *weights,
         *rope,
@@ -307,7 +326,9 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
     width = kept + mlp
     rows = _Rows.made(linear, hidden, width)
     block = triton.next_power_of_2(width)
-    _gate_and_round[(hidden.shape[:-1].numel(),)](
+    _launch(
+        _gate_and_round,
+        (hidden.shape[:-1].numel(),),
         before,
         hidden,
         rows.values,
@@ -333,7 +354,7 @@ def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
     out = hidden.new_empty((*hidden.shape[:-1], kept + mlp))
     grid = (out.numel() // (kept + mlp), triton.cdiv(kept + mlp, COLUMNS))
     source = rows if before is None else before
-    _gate[grid](source, rows, out, kept, rows.stride(-2), kept, mlp, COLUMNS, num_warps=4)
+    _launch(_gate, grid, source, rows, out, kept, rows.stride(-2), kept, mlp, COLUMNS, num_warps=4)
     return out
 
 
@@ -449,8 +470,21 @@ def normed(
     sums = x.new_empty((batch, parts, 2, channels), dtype=torch.float32)
     factors = x.new_empty((batch, 2, channels), dtype=torch.float32)
     out = torch.empty_like(x)
-    _sum_channels[(parts, batch)](x, sums, pixels, channels, NORM_TILES, block, side, num_warps=8)
-    _factors[(norm.num_groups, batch)](
+    _launch(
+        _sum_channels,
+        (parts, batch),
+        x,
+        sums,
+        pixels,
+        channels,
+        NORM_TILES,
+        block,
+        side,
+        num_warps=8,
+    )
+    _launch(
+        _factors,
+        (norm.num_groups, batch),
         x,
         sums,
         norm.weight,
@@ -466,8 +500,18 @@ def normed(
         at_once,
         triton.next_power_of_2(triton.cdiv(parts, at_once)),
     )
-    _scale_channels[(tiles, batch)](
-        x, factors, out, pixels, channels, silu, block, side, num_warps=8
+    _launch(
+        _scale_channels,
+        (tiles, batch),
+        x,
+        factors,
+        out,
+        pixels,
+        channels,
+        silu,
+        block,
+        side,
+        num_warps=8,
     )
     return out
 
@@ -507,7 +551,7 @@ def residual_block(block: Residual, x: Tensor) -> Tensor:
         return x + hidden + bias[:, None, None]
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _add_pictures[grid](x, hidden, bias, out, x.numel(), x.shape[1], COLUMNS, num_warps=4)
+    _launch(_add_pictures, grid, x, hidden, bias, out, x.numel(), x.shape[1], COLUMNS, num_warps=4)
     return out
 
 
@@ -537,7 +581,7 @@ def doubled(x: Tensor) -> Tensor:
     shape = (batch, channels, 2 * height, 2 * width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _double[grid](x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
+    _launch(_double, grid, x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
     return out
 
 
@@ -559,7 +603,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(x, gate, y)
     out = torch.empty_like(x)
     grid = (x.numel() // width, triton.cdiv(width, COLUMNS))
-    _add_gated[grid](x, gate, y, out, width, COLUMNS, num_warps=4)
+    _launch(_add_gated, grid, x, gate, y, out, width, COLUMNS, num_warps=4)
     return out
 
 
@@ -581,5 +625,7 @@ def round_rows(
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(width)
     warps = 16 if block > ELEMENTS else 8
-    _round_rows[(rows,)](x, out, scales, width, largest, smallest, True, block, num_warps=warps)
+    _launch(
+        _round_rows, (rows,), x, out, scales, width, largest, smallest, True, block, num_warps=warps
+    )
     return out, scales

@@ -6,14 +6,16 @@ import gc
 import os
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fluxcore.errors import DeviceError, DeviceUnavailableError, OutOfMemoryError
-from fluxcore.kernels import plain_attention
+from fluxcore.kernels import for_heads, plain_attention
 from fluxcore.runtime import StageTimes, attention, choose_runtime, host_peak_bytes, memory
+from fluxcore.runtime import device as device_module
 from fluxcore.runtime.attention import (
     CHUNK_ROWS,
     chunked_attention,
@@ -190,6 +192,41 @@ def test_fused_attention_is_what_the_gpu_has(machine: Any) -> None:
     machine()
     cpu = choose_runtime("cpu", kernels="fused").kernels()
     assert (cpu.attention, cpu.vae_attention) == (plain_attention, plain_attention)
+
+
+def test_own_kernels_are_for_bfloat16_where_triton_is(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "missing_for_triton", lambda: None)
+    machine(cuda=1, capability=(8, 0))
+    assert choose_runtime("cuda").describe()["kernels"] == "triton"
+    for told, chosen in {
+        "plain": choose_runtime("cuda", kernels="plain"),
+        "fused": choose_runtime("cuda", "float32"),
+    }.items():
+        assert chosen.describe()["kernels"] == told
+        assert chosen.kernels().modulated is None
+    # A compiler makes its own.
+    assert not replace(choose_runtime("cuda"), compiles=True).uses_triton
+    machine()
+    assert choose_runtime("cpu").describe()["kernels"] == "plain"
+
+
+def test_without_triton_pytorch_s_kernels_do_and_the_log_says_why(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device_module, "missing_for_triton", lambda: "install it")
+    machine(cuda=1, capability=(9, 0))
+    runtime = choose_runtime("cuda")
+    assert runtime.describe()["kernels"] == "fused"
+    assert runtime.kernels().modulated is None
+    assert "install it" in caplog.text
+
+
+def test_heads_that_a_kernel_does_not_take_are_turned_by_the_plain_form() -> None:
+    assert for_heads(128, max, min) is max
+    assert for_heads(96, max, min) is min
+    assert for_heads(128, None, min) is min
 
 
 def test_a_mask_goes_to_a_kernel_that_takes_one() -> None:
