@@ -20,7 +20,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.engine import png
+from app.engine import packing, png
 
 Encode = Callable[[Image.Image], bytes]
 PILLOW_STRATEGIES = {"filtered": 1, "huffman": 2, "runs": 3}
@@ -99,8 +98,12 @@ def encoders() -> Iterator[tuple[str, Encode]]:
     for name, number in PILLOW_STRATEGIES.items():
         yield f"Pillow, {name}", partial(_pillow, compress_type=number)
     for threads in THREADS:
-        with ThreadPoolExecutor(threads) as pool:
-            yield f"fluxd, threads {threads}", partial(_fluxd, spread=pool.map)
+        # The thread that packs is one of them.
+        packing.STRIP_THREADS = max(1, threads - 1)
+        pool = packing.PackingPool()
+        spread = map if threads == 1 else pool._spread
+        yield f"fluxd, threads {threads}", partial(_fluxd, spread=spread)
+        pool.close()
     if cv2 := _installed("cv2"):
         cv2.setNumThreads(1)
         for level, strategy in ((1, 3), (1, 2), (3, 0)):
@@ -150,8 +153,7 @@ def _with_deflate(compress: Callable[[bytes], bytes], picture: Image.Image) -> b
     """The whole picture as one strip, filtered as ours are, through another deflate."""
     pixels = np.asarray(picture)
     rows = pixels.reshape(len(pixels), -1)
-    kind, residues = png._filtered(png.Strip(rows, np.zeros_like(rows[0]), is_last=True))
-    lines = np.insert(residues, 0, kind, axis=1)
+    lines = png._filtered(rows, 0, len(rows), -len(rows) // png.SAMPLED * -png.SAMPLED)
     head = png.struct.pack(">IIBBBBB", picture.width, picture.height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", bytes(compress(lines.tobytes()))), (b"IEND", b""))
     return png.SIGNATURE + b"".join(png._chunk(*chunk) for chunk in chunks)

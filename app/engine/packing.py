@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
@@ -17,12 +17,12 @@ from typing import Literal
 from PIL import Image
 
 from app.engine.metadata import Provenance, exif, png_text
-from app.engine.png import Map, write_png
+from app.engine.png import Deflated, Map, Strip, write_png
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 PACKING_THREADS = 2
-# For the strips of PNG files; a picture of 1024x1024 has twelve.
-STRIP_THREADS = min(8, os.cpu_count() or 1)
+# For the strips of PNG files, beside the thread that packs.
+STRIP_THREADS = max(1, min(8, (os.cpu_count() or 1) - 1))
 WEBP_METHOD = 4
 DEFAULT_QUALITY = 90
 # From this quality on, colours are kept at full resolution.
@@ -80,7 +80,7 @@ class PackingPool:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(PACKING_THREADS, thread_name_prefix="fluxd-pack")
-        # Apart from those that wait for them.
+        # Apart from those that may wait for them.
         self._strips = ThreadPoolExecutor(STRIP_THREADS, thread_name_prefix="fluxd-strip")
         self._lock = threading.Lock()
 
@@ -107,7 +107,7 @@ class PackingPool:
                 deliver(started)
 
         started += [
-            self._pool.submit(pack_picture, picture, packing, made, self._strips.map)
+            self._pool.submit(pack_picture, picture, packing, made, self._spread)
             for picture, made in pictures
         ]
         for future in started:
@@ -128,13 +128,32 @@ class PackingPool:
         """
 
         def work() -> None:
-            packed = pack_picture(picture, packing, made, self._strips.map)
+            packed = pack_picture(picture, packing, made, self._spread)
             if previous is not None:
                 # Begun before this one, so that waiting for it cannot block for ever.
                 wait((previous,))
             deliver(packed)
 
         return self._pool.submit(work)
+
+    def _spread(
+        self, deflate: Callable[[Strip], Deflated], strips: Iterable[Strip]
+    ) -> Iterable[Deflated]:
+        """Map strips on the threads for them and on this one, which does what those do not get to.
+
+        Each goes to a thread while the next is made. The last stays here, so that a picture of
+        one strip is handed to nobody.
+        """
+        coming = iter(strips)
+        last = next(coming)
+        given: list[tuple[Strip, Future[Deflated]]] = []
+        for strip in coming:
+            given.append((last, self._strips.submit(deflate, last)))
+            last = strip
+        done = [deflate(last)]
+        for strip, future in reversed(given):
+            done.append(deflate(strip) if future.cancel() else future.result())
+        return reversed(done)
 
     def close(self) -> None:
         """End the threads after what they have in hand."""

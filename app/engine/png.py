@@ -13,7 +13,7 @@ Source: PNG specification, third edition, 9.2 (filters) and 10 (compression); RF
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +26,11 @@ Map = Callable[[Callable[["Strip"], "Deflated"], Iterable["Strip"]], Iterable["D
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CHANNELS = 3
-# Larger ones keep fewer threads busy, smaller ones cost bytes.
-STRIP_BYTES = 2**18
+# What one thread compresses at a time. Larger ones keep fewer threads busy, so that a picture of
+# 256x256 has four; smaller ones cost bytes, and time to hand over.
+STRIP_BYTES = 48 * 2**10
+# Strips that are filtered together: each step is a call that costs more than its work on little.
+BAND_STRIPS = 4
 # One row in so many is looked at for the choice of the filter.
 SAMPLED = 8
 SUB, UP, AVERAGE = 1, 2, 3
@@ -37,15 +40,14 @@ ADLER_MODULUS = 65521
 
 
 class Strip(NamedTuple):
-    """Rows that lie together. Shapes: rows [height, 3 width], above [3 width]."""
+    """Rows that lie together, filtered. Shapes: lines [height, 1 + 3 width], the filter first."""
 
-    rows: Bytes2D
-    above: Bytes2D
+    lines: Bytes2D
     is_last: bool
 
 
 class Deflated(NamedTuple):
-    """A strip, filtered and compressed; length and checksum are of what was compressed."""
+    """A strip, compressed; length and checksum are of what was compressed."""
 
     data: bytes
     length: int
@@ -74,45 +76,77 @@ def write_png(
     return b"".join(chunks)
 
 
-def _strips(rows: Bytes2D) -> Iterable[Strip]:
+def _strips(rows: Bytes2D) -> Iterator[Strip]:
+    """All strips, one after the other: the first can be compressed while others are filtered.
+
+    They are filtered on one thread. The steps are so short that several threads, each of which
+    lets go of the interpreter's lock in every step, would wait for one another.
+    """
     height, stride = rows.shape
-    count = max(1, STRIP_BYTES // stride)
-    above = np.zeros(stride, np.uint8)
-    for top in range(0, height, count):
-        strip = rows[top : top + count]
-        yield Strip(strip, above, is_last=top + count >= height)
-        above = strip[-1]
+    count = max(1, STRIP_BYTES // stride // SAMPLED) * SAMPLED
+    for top in range(0, height, count * BAND_STRIPS):
+        lines = _filtered(rows, top, min(height, top + count * BAND_STRIPS), count)
+        for start in range(0, len(lines), count):
+            strip = lines[start : start + count]
+            yield Strip(strip, is_last=top + start + len(strip) == height)
+
+
+def _filtered(rows: Bytes2D, top: int, bottom: int, count: int) -> Bytes2D:
+    """Some rows filtered, ``count`` at a time by what leaves the least of them.
+
+    Shapes: rows [height, 3 width] -> [bottom - top, 1 + 3 width].
+    """
+    current = rows[top:bottom]
+    height, stride = current.shape
+    # With what stands to the left of each row and above all, which is 0 outside of the picture.
+    framed = np.empty((1 + height, CHANNELS + stride), np.uint8)
+    framed[:, :CHANNELS] = 0
+    framed[0, CHANNELS:] = rows[top - 1] if top else 0
+    framed[1:, CHANNELS:] = current
+    left, up = framed[1:, :stride], framed[:-1, CHANNELS:]
+    kinds = _best_filters(current, left, up, count)
+    lines = np.empty((height, 1 + stride), np.uint8)
+    for start in range(0, height, count):
+        # Of the fewer rows than are looked at of a picture's end nothing is known.
+        kind = next(kinds, SUB)
+        part = slice(start, start + count)
+        predicted = left[part] if kind == SUB else up[part]
+        if kind == AVERAGE:
+            predicted = _mean(left[part], predicted)
+        lines[part, 0] = kind
+        np.subtract(current[part], predicted, out=lines[part, 1:])
+    return lines
+
+
+def _best_filters(current: Bytes2D, left: Bytes2D, up: Bytes2D, count: int) -> Iterator[int]:
+    """For each ``count`` rows the filter that leaves the least, by the sum of absolute residues."""
+    # Not from row 0: the picture's own has nothing above it.
+    looked_at = slice(SAMPLED // 2, None, SAMPLED)
+    sample, before, above = current[looked_at], left[looked_at], up[looked_at]
+    if not len(sample):
+        return iter(())
+    predicted = np.empty((3, *sample.shape), np.uint8)  # [filter, rows, 3 width]
+    predicted[0], predicted[1], predicted[2] = before, above, _mean(before, above)
+    residues = sample - predicted
+    left_over = np.minimum(residues, 0 - residues).sum(axis=2, dtype=np.int64)  # [filter, rows]
+    firsts = range(0, len(sample), count // SAMPLED)
+    best: list[int] = np.add.reduceat(left_over, firsts, axis=1).argmin(axis=0).tolist()
+    return iter([(SUB, UP, AVERAGE)[i] for i in best])
+
+
+def _mean(first: Bytes2D, second: Bytes2D) -> Bytes2D:
+    """Of two bytes, rounded down, without a wider type."""
+    mean = first ^ second
+    mean >>= 1
+    mean += first & second
+    return mean
 
 
 def _deflate(strip: Strip) -> Deflated:
-    kind, residues = _filtered(strip)
-    lines = np.empty((residues.shape[0], 1 + residues.shape[1]), np.uint8)
-    lines[:, 0] = kind
-    lines[:, 1:] = residues
-    data = lines.tobytes()
     compressor = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    packed = compressor.compress(data)
+    packed = compressor.compress(strip.lines)
     packed += compressor.flush(zlib.Z_FINISH if strip.is_last else zlib.Z_SYNC_FLUSH)
-    return Deflated(packed, len(data), zlib.adler32(data))
-
-
-def _filtered(strip: Strip) -> tuple[int, Bytes2D]:
-    """The filter that leaves the least, by the sum of absolute residues, and what it leaves."""
-    rows = strip.rows
-    left = np.zeros_like(rows)
-    left[:, CHANNELS:] = rows[:, :-CHANNELS]
-    up = np.concatenate((strip.above[None], rows[:-1]))
-    # The mean of two bytes, rounded down, without a wider type.
-    predicted = {SUB: left, UP: up, AVERAGE: (left & up) + ((left ^ up) >> 1)}
-    # Not from row 0: the picture's own has nothing above it.
-    looked_at = slice(min(SAMPLED // 2, len(rows) - 1), None, SAMPLED)
-
-    def left_over(kind: int) -> int:
-        residues = rows[looked_at] - predicted[kind][looked_at]
-        return int(np.minimum(residues, 0 - residues).sum(dtype=np.int64))
-
-    kind = min(predicted, key=left_over)
-    return kind, rows - predicted[kind]
+    return Deflated(packed, strip.lines.size, zlib.adler32(strip.lines))
 
 
 def _joined(first: int, second: int, second_length: int) -> int:

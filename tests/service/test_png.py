@@ -65,12 +65,26 @@ def lines(data: bytes, height: int) -> NDArray[np.uint8]:
         noise(1, 1),
         noise(1, STRIP_BYTES),
         landscape(512),
+        # Strips of 8 rows, the last of them too short to be looked at.
+        noise(27, STRIP_BYTES // 24),
         np.zeros((64, 64, 3), np.uint8),
         np.full((64, 64, 3), 255, np.uint8),
         np.asarray(Image.linear_gradient("L").convert("RGB").resize((512, 512))),
         np.asarray(Image.linear_gradient("L").rotate(90).convert("RGB")),
     ],
-    ids=["small", "wide", "tall", "pixel", "long", "photo", "black", "white", "fall", "side"],
+    ids=[
+        "small",
+        "wide",
+        "tall",
+        "pixel",
+        "long",
+        "photo",
+        "rest",
+        "black",
+        "white",
+        "fall",
+        "side",
+    ],
 )
 def test_the_pixels_come_back(pixels: NDArray[np.uint8]) -> None:
     data = write_png(Image.fromarray(pixels), TEXTS)
@@ -90,6 +104,12 @@ def test_threads_change_nothing() -> None:
     picture = Image.fromarray(landscape(512))
     with ThreadPoolExecutor(3) as pool:
         assert write_png(picture, TEXTS, pool.map) == write_png(picture, TEXTS)
+
+
+def test_a_small_picture_keeps_four_threads_busy() -> None:
+    data = write_png(Image.fromarray(landscape(256)), [])
+    # The last chunk of data is the checksum.
+    assert [kind for kind, _ in chunks(data)].count(b"IDAT") == 4 + 1
 
 
 def test_a_filter_is_chosen_that_fits() -> None:

@@ -1,13 +1,17 @@
-"""The worker draws on while packing stands still."""
+"""Who waits for whom: the worker for nobody, the packing threads and the answer for little."""
 
 from __future__ import annotations
 
+import io
 import threading
+from concurrent.futures import Future
 
 import pytest
+from PIL import Image
 
-from app.engine import packing
+from app.engine import PackedPicture, Packing, packing
 from tests.service.conftest import PATIENCE_S, StartLive, wait_until
+from tests.service.test_packing import MADE
 
 
 def test_the_worker_draws_on_while_pictures_cannot_be_packed(
@@ -26,3 +30,22 @@ def test_the_worker_draws_on_while_pictures_cannot_be_packed(
     assert [later._answer for later in answers] == [None] * 4
     go_on.set()
     assert [later.answer().status_code for later in answers] == [200] * 4
+
+
+def test_a_picture_is_packed_while_all_threads_for_strips_are_busy() -> None:
+    pool, go_on, delivered = packing.PackingPool(), threading.Event(), threading.Event()
+    packed: list[Future[PackedPicture]] = []
+
+    def deliver(done: list[Future[PackedPicture]]) -> None:
+        packed.extend(done)
+        delivered.set()
+
+    for _ in range(packing.STRIP_THREADS):
+        pool._strips.submit(go_on.wait, PATIENCE_S)
+    try:
+        pool.pack([(Image.effect_noise((256, 256), 60).convert("RGB"), MADE)], Packing(), deliver)
+        assert delivered.wait(PATIENCE_S / 2)
+        assert Image.open(io.BytesIO(packed[0].result().data)).size == (256, 256)
+    finally:
+        go_on.set()
+        pool.close()
