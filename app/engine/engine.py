@@ -44,6 +44,8 @@ LOADING_RETRY_S = 5.0
 # How long a cancelled job may take to reach its next slice at the end, in seconds.
 LAST_SLICE_S = 10.0
 POLL_S = 0.02
+# How long an answer is left alone with the interpreter before the job's line is written.
+ANSWER_LEAD_S = 0.002
 # Different shapes that are counted; more are as bad as so many.
 MOST_SHAPES = 10_000
 
@@ -343,6 +345,7 @@ class Engine:
 
         def deliver(packed: list[Future[PackedPicture]]) -> None:
             token = telemetry.request_id.set(job.request_id)
+            fields: Mapping[str, object] | None = None
             if job.last_preview is not None:
                 # Begun before the pictures; watchers are to see it before the end.
                 _log_failure(job.last_preview)
@@ -361,8 +364,14 @@ class Engine:
                     "pack": (time.monotonic() - drawn_s) * 1000,
                     "total": (time.monotonic() - job.accepted_s) * 1000,
                 }
-                self._packed(job, result, tuple(f.result() for f in packed), timings_ms)
+                pictures = tuple(future.result() for future in packed)
+                fields = self._packed(job, result, pictures, timings_ms)
             self._scheduler.packing(-1)
+            if fields is not None:
+                # Last, and not at once: writing it takes a while, and the thread that is to send
+                # the answer would wait for the interpreter all the while.
+                time.sleep(ANSWER_LEAD_S)
+                telemetry.log_event(logger, logging.INFO, "job done", fields)
             telemetry.request_id.reset(token)
 
         self._scheduler.packing(+1)
@@ -391,7 +400,8 @@ class Engine:
         result: Result,
         pictures: tuple[PackedPicture, ...],
         timings_ms: dict[str, float],
-    ) -> None:
+    ) -> Mapping[str, object] | None:
+        """Answer the job. Returns what its line says; None when it had been answered before."""
         outcome = JobOutcome(
             model=self._model_name(),
             pictures=pictures,
@@ -402,7 +412,16 @@ class Engine:
             peak_bytes=result.peak_bytes,
             prompt_tokens=result.prompt_tokens,
         )
-        fields = {
+
+        def note() -> None:
+            # Noted first, so that it is there when the client has its answer.
+            self.metrics.completed(len(pictures), timings_ms)
+            times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
+            job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
+
+        if not job.complete(outcome, note):
+            return None
+        return {
             "size": f"{result.params.width}x{result.params.height}",
             "n": len(pictures),
             "steps": result.params.steps,
@@ -411,16 +430,6 @@ class Engine:
             **{f"{name}_ms": ms for name, ms in timings_ms.items()},
             "peak_bytes": result.peak_bytes,
         }
-
-        def note() -> None:
-            # Noted first, so that it is there when the client has its answer.
-            self.metrics.completed(len(pictures), timings_ms)
-            times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
-            job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
-
-        if job.complete(outcome, note):
-            # Last: writing it takes a while, and the client waits no more.
-            telemetry.log_event(logger, logging.INFO, "job done", fields)
 
     def _failed(self, job: Job, error: ServiceError) -> None:
         def note() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.engine.packing import PackedPicture
 
@@ -43,7 +43,8 @@ class StepDone:
     Attributes:
         image_index: which of the job's pictures, from 0.
         step, steps: done and wanted, of this picture.
-        eta_s: when the whole job should be done, in seconds from now; None if unknown.
+        eta_s: when the whole job should be done, in seconds from now; None if unknown, or if
+            nobody was watching.
     """
 
     image_index: int
@@ -104,11 +105,14 @@ class EventLog:
             if isinstance(event, Settled):
                 self._listeners.clear()
 
-    def watch(self, listener: Listener, place: Queued | None = None) -> Callable[[], None]:
+    def watch(
+        self, listener: Listener, place: Queued | None = None, eta_s: float | None = None
+    ) -> Callable[[], None]:
         """Repeat what holds now to ``listener``, then tell it what comes.
 
         Args:
             place: the job's present place, newer than the one that was last told.
+            eta_s: when the job should be done, newer than what was last told.
 
         Returns:
             A function that ends the watching; it may be called more than once.
@@ -122,6 +126,9 @@ class EventLog:
         with self._lock:
             if place is not None and not self._current.keys() & {Started, Settled}:
                 self._current[Queued] = place
+            step = self._current.get(StepDone)
+            if isinstance(step, StepDone) and eta_s is not None:
+                self._current[StepDone] = replace(step, eta_s=eta_s)
             if Settled not in self._current:
                 self._listeners[key] = listener
             for event in list(self._current.values()):

@@ -71,7 +71,8 @@ class Flight:
         self.times.own_s += sliced_s - began_s
         self._account(done.stage, done.stage, sliced_s - began_s)
         if done.stage == "denoise":
-            eta_s = self._scheduler.eta_s(self._job)
+            # Between two steps the device waits. Whoever comes to watch later is told of its own.
+            eta_s = self._job.eta_s() if self._job.events.is_watched else None
             self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
         picture = self._previewer.picture_after(done)
         if picture is None:

@@ -126,6 +126,8 @@ class Job:
         self.last_preview: Future[None] | None = None
         # Asks the scheduler for the job's present place.
         self.place: Callable[[], Queued | None] = lambda: None
+        # Asks it when the job should be done, in seconds from now.
+        self.eta_s: Callable[[], float | None] = lambda: None
         self.future: Future[JobOutcome] = Future()
         # From here on nobody but this job can settle it: a waiter that goes away
         # would otherwise cancel the future under the worker's hands.
@@ -154,7 +156,7 @@ class Job:
         Returns:
             A function that ends the watching.
         """
-        return self.events.watch(listener, self.place())
+        return self.events.watch(listener, self.place(), self.eta_s())
 
     def start(self) -> float:
         """The worker takes the job up. Returns how long it waited, in seconds."""

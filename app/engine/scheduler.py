@@ -107,6 +107,7 @@ class Scheduler:
             self._waiting[job] = Entry(job, self._accepted, left, deadline_s)
             self._policy.shares.joined(options.client)
             job.place = lambda: self._place(job)
+            job.eta_s = lambda: self._eta_s(job)
             self._changed.notify()
         self._tell_places()
         return True
@@ -157,7 +158,10 @@ class Scheduler:
         """One job more (1) or less (-1) is drawn and being packed."""
         with self._changed:
             self._packing += change
-            self._changed.notify()
+            # Who waits for a place may have it; else the worker would wake for nothing, and take
+            # the interpreter from the thread that sends the answer.
+            if self._waiting:
+                self._changed.notify()
 
     def remove(self, job: Job) -> bool:
         """Take a waiting job out. False when it is not waiting (any more)."""
@@ -184,7 +188,7 @@ class Scheduler:
         with self._changed:
             self._policy.costs.calibrate(width, height, took_s)
 
-    def eta_s(self, job: Job) -> float | None:
+    def _eta_s(self, job: Job) -> float | None:
         """When a job in flight should be done, in seconds from now."""
         with self._changed:
             entry = self._active.get(job)

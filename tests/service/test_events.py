@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,35 @@ from fluxcore import FluxPipeline
 from fluxcore.params import GenerationParams
 from tests.service.conftest import PATIENCE_S, wait_until
 from tests.service.fake_pipeline import FakePipeline
+
+
+def heard_of(log: EventLog) -> list[JobEvent]:
+    """What holds now."""
+    heard: list[JobEvent] = []
+    log.watch(heard.append)()
+    return heard
+
+
+class Turnstile(threading.Event):
+    """Lets so many waiters through; all of them once it is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = threading.Semaphore(0)
+
+    def let(self, count: int) -> None:
+        self._passes.release(count)
+
+    def set(self) -> None:
+        super().set()
+        self._passes.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._passes.acquire(timeout=timeout):
+            return False
+        if self.is_set():
+            self._passes.release()
+        return True
 
 
 @contextmanager
@@ -105,6 +135,37 @@ def test_a_late_watcher_gets_the_present_state_first() -> None:
         until_settled(watched(first))
         # Nothing but the end is told of a job that is over.
         assert watched(first) == [Settled()]
+
+
+def test_when_a_job_should_be_done_is_worked_out_for_those_who_watch() -> None:
+    pipeline, turnstile, asked = FakePipeline(), Turnstile(), 0
+    with started(pipeline) as engine:
+        pipeline.gate = turnstile
+        job = submit(engine, steps=3)
+        plain = job.eta_s
+
+        def counted() -> float | None:
+            nonlocal asked
+            asked += 1
+            return plain()
+
+        job.eta_s = counted
+        turnstile.let(2)
+        wait_until(lambda: any(isinstance(event, StepDone) for event in heard_of(job.events)))
+        assert asked == 0
+        (step,) = (event for event in watched(job) if isinstance(event, StepDone))
+        assert (step.step, asked) == (1, 1)
+        assert step.eta_s is not None and step.eta_s >= 0
+        turnstile.set()
+        job.future.result(PATIENCE_S)
+
+
+def test_what_was_told_last_stays_where_nothing_newer_is_known() -> None:
+    log, heard = EventLog(), list[JobEvent]()
+    log.emit(Started())
+    log.emit(StepDone(0, 1, 3, 4.0))
+    log.watch(heard.append)
+    assert heard == [Started(), StepDone(0, 1, 3, 4.0)]
 
 
 def test_a_job_that_fails_or_is_cancelled_settles_once() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from app import telemetry
 from app.telemetry import configure_logging
-from tests.service.conftest import Start, StartLive
+from tests.service.conftest import Start, StartLive, wait_until
 
 
 class Terminal(io.StringIO):
@@ -94,6 +94,7 @@ def test_each_job_leaves_one_info_line_without_its_prompt(start_live: StartLive)
     live.generate("a private fox", negative_prompt="a private crow", seed=7, steps=3, width=128)
     live.generate("a private fox", steps=0)
     live.generate("fail")
+    wait_until(lambda: "job done" in stream.getvalue())
     text = stream.getvalue()
     (line,) = [line for line in text.splitlines() if "job done" in line]
     assert "private" not in text and "crow" not in text
@@ -111,6 +112,7 @@ def test_json_lines_hold_the_fields_under_their_own_names(start_live: StartLive)
     configure_logging("info", "json", stream)
     live.generate("a private fox", seed=7, steps=3, width=128, height=64)
     live.generate("fail")
+    wait_until(lambda: "job done" in stream.getvalue())
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert "private" not in stream.getvalue()
     (done,) = [line for line in lines if line["message"] == "job done"]

@@ -9,7 +9,9 @@ from concurrent.futures import Future
 import pytest
 from PIL import Image
 
-from app.engine import PackedPicture, Packing, packing
+from app.engine import PackedPicture, Packing, engine, packing
+from app.engine.scheduler import Scheduler
+from app.telemetry import configure_logging
 from tests.service.conftest import PATIENCE_S, StartLive, wait_until
 from tests.service.test_packing import MADE
 
@@ -49,3 +51,45 @@ def test_a_picture_is_packed_while_all_threads_for_strips_are_busy() -> None:
     finally:
         go_on.set()
         pool.close()
+
+
+def test_the_answer_does_not_wait_for_the_line_in_the_log(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "ANSWER_LEAD_S", 1.0)
+    stream, live = io.StringIO(), start_live()
+    configure_logging("info", "plain", stream)
+    assert live.generate("a red fox").status_code == 200
+    assert "job done" not in stream.getvalue()
+    # Nor does the job count as one that runs.
+    assert live.engine.is_idle
+    wait_until(lambda: "job done" in stream.getvalue())
+
+
+def test_the_worker_sleeps_on_when_a_picture_is_packed_and_no_job_waits(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, go_on = packing.pack_picture, threading.Event()
+    choose, looks = Scheduler._next_turn, 0
+
+    def stuck(*given: object) -> object:
+        assert go_on.wait(PATIENCE_S)
+        return plain(*given)  # type: ignore[arg-type]
+
+    def counted(scheduler: Scheduler) -> object:
+        nonlocal looks
+        looks += 1
+        return choose(scheduler)
+
+    monkeypatch.setattr(engine, "ANSWER_LEAD_S", 0.1)
+    monkeypatch.setattr(packing, "pack_picture", stuck)
+    monkeypatch.setattr(Scheduler, "_next_turn", counted)
+    stream, live = io.StringIO(), start_live()
+    configure_logging("info", "plain", stream)
+    later = live.generate_later("a red fox", steps=2)
+    # When it began to wait, one for each of the slices, the end, and one that finds nothing.
+    wait_until(lambda: looks == 1 + 4 + 1 + 1)
+    go_on.set()
+    assert later.answer().status_code == 200
+    wait_until(lambda: "job done" in stream.getvalue())
+    assert looks == 1 + 4 + 1 + 1
