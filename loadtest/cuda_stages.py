@@ -36,7 +36,7 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
 from fluxcore.kernels import plain_attention
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder, flux2, qwen3, vae
-from fluxcore.pipeline.latents import draw_noise
+from fluxcore.pipeline.latents import RopeTables, draw_noise
 from fluxcore.pipeline.load import Components
 from fluxcore.pipeline.result import ModelInfo
 from fluxcore.runtime import Runtime, choose_runtime
@@ -209,6 +209,23 @@ class Bench:
         self._measure("compiled+graphs", pipe, self.runs)
         self._same("compiled", "compiled+graphs")
         self._distance("plain", "compiled+graphs")
+
+    def phase_batch(self) -> None:
+        """One step of several pictures of a size at once, in ms a picture."""
+        transformer = self.components.transformer
+        config, dtype = transformer.config, torch.bfloat16
+        tables = RopeTables(config, DEVICE, torch.float64)
+        modulation = transformer.modulation(torch.tensor([0.9], device=DEVICE))[0]
+        for size in self.sizes:
+            side = size // 16
+            pe = tables.get((side, side), ())
+            told = {}
+            for count in (1, 2, 4):
+                img = torch.randn(count, side**2, config.in_channels, device=DEVICE, dtype=dtype)
+                txt = torch.randn(count, TEXT_TOKENS, config.width, device=DEVICE, dtype=dtype)
+                ms = device_ms(transformer, img, txt, modulation, pe, side**2)
+                told[f"of {count}"] = ms / count
+            found("batch", size, told)
 
     def phase_decoder_attention(self) -> None:
         """The VAE's attention, whose head is wider than fast kernels take."""
