@@ -11,6 +11,7 @@ from fluxcore.runtime.dtypes import DtypePolicy
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
 from fluxcore.runtime.quantised import Precision
 from fluxcore.runtime.residency import WAYS, Choice, Residency, choose_residency
+from fluxcore.runtime.shared_memory import write_in_place
 from fluxcore.runtime.streaming import LayerStream, StreamedLayer
 from fluxcore.runtime.timing import StageTimes
 
@@ -32,4 +33,5 @@ __all__ = [
     "host_peak_bytes",
     "keep_compiled",
     "translated_errors",
+    "write_in_place",
 ]

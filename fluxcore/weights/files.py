@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxcore.errors import CheckpointFileError, CheckpointNotFoundError
+from fluxcore.runtime import write_in_place
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,6 +34,12 @@ DTYPES = {
     "I32": torch.int32,
 }
 HEADER_LENGTH_BYTES = 8
+READERS = 4
+"""Threads that read one tensor."""
+PIECE_BYTES = 2**23
+"""What one of them reads at a time."""
+BUFFER_BYTES = 2**26
+"""Memory of the host through which weights come to a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +55,78 @@ class StoredTensor:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_into(self, target: Tensor) -> None:
-        """Fill ``target`` (contiguous, on the host, of this shape and dtype) from disk.
+    def read_into(self, target: Tensor, first: int = 0) -> None:
+        """Fill ``target`` (contiguous, on the host, of this dtype) from disk.
+
+        Large ones are read by several threads: one alone copies more slowly than memory can.
+
+        Args:
+            first: number of the element to begin with.
 
         Raises:
             CheckpointFileError: the file ends early or cannot be read.
         """
         view = target.reshape(-1).view(torch.uint8).numpy().data
+        offset = self.offset + first * self.dtype.itemsize
         try:
             with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.offset)
-                while view:
-                    count = stream.readinto(view)
-                    if not count:
-                        raise CheckpointFileError(
-                            f"{self.file} ends early, {len(view)} bytes short; download it again"
-                        )
-                    view = view[count:]
+                starts = range(0, len(view), PIECE_BYTES)
+                read = partial(self._read_piece, stream.fileno(), view, offset)
+                for _ in _readers().map(read, starts) if len(starts) > 1 else map(read, starts):
+                    pass
         except OSError as error:
             raise CheckpointFileError(f"{self.file} cannot be read: {error}") from error
 
+    def _read_piece(self, file: int, view: memoryview, offset: int, start: int) -> None:
+        """The bytes of ``view`` from ``start`` on, up to the next piece."""
+        end = min(start + PIECE_BYTES, len(view))
+        while start < end:
+            count = os.preadv(file, [view[start:end]], offset + start)
+            if not count:
+                raise CheckpointFileError(
+                    f"{self.file} ends early, {len(view) - start} bytes short; download it again"
+                )
+            start += count
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READERS, thread_name_prefix="read-weights")
+
 
 def read_stacked(tensors: Sequence[StoredTensor], target: Tensor) -> None:
-    """Read tensors into ``target``, stacked along dimension 0, through one host buffer each."""
+    """Read tensors into ``target``, stacked along dimension 0.
+
+    On the host and on MPS straight into its memory, where the dtype is that of the file;
+    elsewhere through a buffer of the host, which is pinned for CUDA.
+    """
+    if not write_in_place(target, partial(_read_stacked, tensors)):
+        _read_stacked(tensors, target)
+
+
+def _read_stacked(tensors: Sequence[StoredTensor], target: Tensor) -> None:
     row = 0
     for tensor in tensors:
         part = target[row : row + tensor.shape[0]]
         row += tensor.shape[0]
         if part.device.type == "cpu" and part.dtype == tensor.dtype and part.is_contiguous():
             tensor.read_into(part)
+        elif part.is_contiguous():
+            _read_through_buffer(tensor, part.view(-1))
         else:
             staged = torch.empty(tensor.shape, dtype=tensor.dtype)
             tensor.read_into(staged)
             part.copy_(staged)
+
+
+def _read_through_buffer(tensor: StoredTensor, flat: Tensor) -> None:
+    size = max(1, min(flat.numel(), BUFFER_BYTES // tensor.dtype.itemsize))
+    buffer = torch.empty(size, dtype=tensor.dtype, pin_memory=flat.is_cuda)
+    for first in range(0, flat.numel(), size):
+        part = flat[first : first + size]
+        staged = buffer[: len(part)]
+        tensor.read_into(staged, first)
+        part.copy_(staged)
 
 
 def stored_tensors(directory: Path, stem: str) -> dict[str, StoredTensor]:

@@ -93,10 +93,10 @@ def test_the_text_encoder_is_read_up_to_the_last_layer_that_counts(
     read: list[str] = []
     whole = StoredTensor.read_into
 
-    def watched(self: StoredTensor, target: torch.Tensor) -> None:
+    def watched(self: StoredTensor, target: torch.Tensor, first: int = 0) -> None:
         if self.file == file:
             read.append(name_at[self.offset])
-        whole(self, target)
+        whole(self, target, first)
 
     monkeypatch.setattr(StoredTensor, "read_into", watched)
     pipe = load(untied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fluxcore.errors import CheckpointError, CheckpointFileError, CheckpointNotFoundError
-from fluxcore.weights.files import StoredTensor, stored_tensors
+from fluxcore.runtime import shared_memory, write_in_place
+from fluxcore.weights import files
+from fluxcore.weights.files import StoredTensor, read_stacked, stored_tensors
 from tests.unit.checkpoint_copies import join_safetensors, split_safetensors
 
 TENSORS = {
@@ -304,3 +307,44 @@ def test_a_file_that_shrinks_after_its_header_was_checked_is_noticed(single: Pat
     single.unlink()
     with pytest.raises(CheckpointFileError, match="cannot be read"):
         read(last)
+
+
+def test_large_tensors_are_read_in_pieces_by_several_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "BUFFER_BYTES", 2600)
+    wide, tall = torch.randn(7, 333), torch.randn(50, 11)
+    save_file({"wide": wide, "tall": tall}, tmp_path / "model.safetensors")
+    stored = stored_tensors(tmp_path, "model")
+    target = torch.empty(7, 333)
+    read_stacked([stored["wide"]], target)
+    assert torch.equal(target, wide)
+    # Another dtype: through a buffer, which none of them fits.
+    narrow = torch.empty(14, 333, dtype=torch.bfloat16)
+    read_stacked([stored["wide"], stored["wide"]], narrow)
+    assert torch.equal(narrow, torch.cat((wide, wide)).bfloat16())
+    last = max(stored.values(), key=lambda tensor: tensor.offset)
+    os.truncate(last.file, last.offset + last.bytes - 9)
+    with pytest.raises(CheckpointFileError, match="ends early, 9 bytes short"):
+        last.read_into(torch.empty(last.shape))
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_memory_that_is_shared_with_the_host_is_written_in_place(
+    arrives: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on MPS, which is stood in for: whatever is not seen on the device is written again."""
+    target = torch.zeros(3, 4)
+    alias = target if arrives else torch.zeros(3, 4)
+    waits: list[str] = []
+    monkeypatch.setattr(shared_memory, "_alias", lambda x: alias)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append("waited"))
+    written = write_in_place(target, lambda x: waits.append("written") or x.fill_(5))  # type: ignore[func-returns-value]
+    assert waits == ["waited", "written", "waited"]
+    assert written == arrives
+    assert ("loading takes longer" in caplog.text) != arrives
+
+
+def test_memory_of_other_devices_is_not_shared() -> None:
+    assert not write_in_place(torch.zeros(2), lambda x: pytest.fail("there is nothing to write to"))
