@@ -42,6 +42,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **opt
         kernel[grid](first, *args, **options)
 
 
+def _evenly(x: Tensor) -> Tensor:
+    """Rows at equal distances, which one stride tells; a copy where they are not."""
+    dims = range(x.ndim - 2)
+    even = all(x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in dims)
+    return x if even and x.stride(-1) == 1 else x.contiguous()
+
+
 class RowNorm(Protocol):
     """An RMS norm of one head; of q and k in one, where it has ``heads``."""
 
@@ -98,8 +105,9 @@ def _modulate(
 def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
     """As ``fluxcore.models.flux2.modulated``."""
     width = x.shape[-1]
-    if factor.numel() != width or not x.is_contiguous():
+    if factor.numel() != width:
         return linear(torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps)))  # type: ignore[no-any-return]
+    x = x.contiguous()
     rows = _Rows.made(linear, x, width)
     block = triton.next_power_of_2(width)
     _launch(
@@ -216,6 +224,7 @@ def _turned(
     Shapes: qkv [B, L, (heads + 2 kv) K], rows of any stride; out [B, L_joint, 2 or 3 heads, K],
     of which tokens ``first`` to ``first + L`` are written; heads of q and of k.
     """
+    qkv = _evenly(qkv)
     batch, tokens, _ = qkv.shape
     _, joint, out_heads, width = out.shape
     size = math.gcd(heads[0], MOST_HEADS)
@@ -319,7 +328,7 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
     """As ``fluxcore.kernels.gated_linear``."""
     if not isinstance(linear, EightBitLinear):
         return linear(gated(hidden, before))  # type: ignore[no-any-return]
-    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    hidden = _evenly(hidden)
     before = hidden if before is None else before.contiguous()
     mlp = hidden.shape[-1] // 2
     kept = 0 if before is hidden else before.shape[-1]
@@ -345,7 +354,7 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
 
 def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
     """As ``fluxcore.kernels.gated``."""
-    rows = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    rows = _evenly(hidden)
     mlp = hidden.shape[-1] // 2
     kept = 0
     if before is not None:

@@ -14,6 +14,7 @@ from torch import nn
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import DeviceFaultError, OutOfMemoryError
 from fluxcore.pipeline import ConditioningCache, GenerationResult
+from fluxcore.runtime import Runtime
 
 REQUEST = GenerationParams(prompt="a red fox", width=64, height=64, steps=2, seed=7)
 WITH_REFERENCE = GenerationParams(
@@ -100,11 +101,41 @@ def test_a_second_fault_is_raised_and_the_next_job_works(
         assert pixels(pipe.generate(REQUEST)) == expected
 
 
-def test_both_tries_are_seen_in_the_progress(pipe: FluxPipeline) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_both_tries_are_seen_in_the_progress(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Each step once a try, even where the next one is begun before it is shown."""
+    monkeypatch.setattr(Runtime, "runs_ahead", ahead)
     with faulty(pipe.vae.decoder, float("nan")):
         told = [(p.stage, p.step) for p in pipe.run(REQUEST)]
     tried = [("denoise", 1), ("denoise", 2)]
     assert told == [("text", 0), *tried, *tried, ("decode", 2)]
+
+
+def test_a_queued_step_that_fails_ends_its_job_and_no_other(
+    pipe: FluxPipeline, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "runs_ahead", True)
+    velocity_of, calls = pipe._velocity_of, iter((False, True))
+
+    def velocity(*args: torch.Tensor) -> torch.Tensor:
+        if next(calls, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found: torch.Tensor = velocity_of(*args)
+        return found
+
+    monkeypatch.setattr(pipe, "_velocity_of", velocity)
+    other = pipe.run(REQUEST)
+    told = [next(other).stage]
+    with pytest.raises(OutOfMemoryError):
+        pipe.generate(REQUEST)
+    told += [progress.stage for progress in other]
+    assert told == ["text", "denoise", "denoise", "decode"]
+    given_up = pipe.run(REQUEST)
+    assert [next(given_up).stage for _ in range(2)] == ["text", "denoise"]
+    given_up.close()  # with a step queued
+    assert pixels(pipe.generate(REQUEST)) == expected
 
 
 def test_each_picture_has_a_second_try_of_its_own(pipe: FluxPipeline) -> None:

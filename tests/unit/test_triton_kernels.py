@@ -110,6 +110,14 @@ def test_group_norms(channels: int, groups: int, silu: bool) -> None:
     assert_near(found, expected)
 
 
+def test_sums_of_many_parts_are_all_added() -> None:
+    norm = nn.GroupNorm(1, 64, eps=1e-6).bfloat16().to(DEVICE)
+    x = values(1, 64, 130, 130).contiguous(memory_format=torch.channels_last)
+    x[:, :, 100:] += 5  # far behind the first parts
+    expected = vae.normed(x.double(), norm.double(), silu=False).bfloat16()
+    assert_near(fused.normed(x, norm.bfloat16(), silu=False), expected)
+
+
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(32, 32), (64, 32)])
 def test_residual_blocks_of_the_vae(channels_in: int, channels_out: int) -> None:
     block = vae.ResidualBlock(channels_in, channels_out, 4, PLAIN).bfloat16().to(DEVICE)
@@ -143,6 +151,34 @@ def test_what_a_kernel_does_not_take_goes_to_the_plain_form() -> None:
         flux2.modulate(x, factors, factors, 1e-6),
     )
     assert torch.equal(fused.add_gated(x, factors, x), torch.addcmul(x, factors, x))
+
+
+def test_tensors_that_lie_otherwise_in_memory_are_taken_as_they_are() -> None:
+    """Some tokens of longer pictures, and channels that do not lie side by side."""
+    x, vector = values(2, 7, 64)[:, 2:], values(1, 64, seed=1)
+    expected = flux2.modulate(x, vector, vector, 1e-6)
+    assert_near(fused.modulated(SAME, x, vector, vector, 1e-6), expected)
+    for y in (x.contiguous(), x):
+        assert torch.equal(fused.add_gated(x, vector, y), torch.addcmul(x, vector, y))
+        assert torch.equal(fused.add_gated(y, vector, x), torch.addcmul(y, vector, x))
+    apart = values(2, 64, 5).transpose(1, 2)
+    for hidden in (x, apart):
+        for before in (None, x, apart):
+            assert_near(fused.gated(hidden, before), plain.gated(hidden, before))
+    norm = flux2.QKNorm(2, 16, 1e-6).bfloat16().to(DEVICE)
+    angle = values(5, 16, dtype=torch.float32)
+    streams, pe = ((values(2, 7, 96)[:, 2:], norm),), (angle.cos(), angle.sin())
+    for found, turned in zip(
+        fused.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
+    ):
+        assert_near(found, turned)
+    picture = values(2, 32, 6, 5)
+    group_norm = nn.GroupNorm(4, 32).bfloat16().to(DEVICE)
+    assert torch.equal(fused.normed(picture, group_norm), vae.normed(picture, group_norm))
+    block = vae.ResidualBlock(32, 32, 4, PLAIN).bfloat16().to(DEVICE).requires_grad_(False)
+    block.conv1.bias.data += 3
+    block.conv2.bias.data += 3
+    assert_near(fused.residual_block(block, picture), block(picture))
 
 
 @ROUNDS
