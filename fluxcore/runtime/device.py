@@ -171,8 +171,11 @@ class Runtime:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether work can be queued behind other work that ``mark`` then tells the end of."""
-        return self.device.type == "cuda"
+        """Whether work can be queued behind other work that ``mark`` then tells the end of.
+
+        Not where layers are streamed in each step: queueing it then takes as long as the step.
+        """
+        return self.device.type == "cuda" and self.residency != "low"
 
     def mark(self) -> Callable[[], None]:
         """What waits, when it is called, for all that has been queued until now."""

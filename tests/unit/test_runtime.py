@@ -212,6 +212,13 @@ def test_own_kernels_are_for_bfloat16_where_triton_is(
     assert choose_runtime("cpu").describe()["kernels"] == "plain"
 
 
+def test_steps_are_queued_ahead_on_cuda_unless_layers_are_streamed() -> None:
+    gpu = Runtime(torch.device("cuda"), "cuda", FLOAT32, "x")
+    assert gpu.runs_ahead
+    assert not replace(gpu, residency="low").runs_ahead
+    assert not Runtime(torch.device("cpu"), "cpu", FLOAT32, "x").runs_ahead
+
+
 def test_without_triton_pytorch_s_kernels_do_and_the_log_says_why(
     machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
