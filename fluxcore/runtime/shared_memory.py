@@ -42,11 +42,11 @@ def write_in_place(x: Tensor, write: Callable[[Tensor], None]) -> bool:
 
 def _alias(x: Tensor) -> Tensor | None:
     """A tensor of the host in the memory of one on MPS, if there can be one."""
-    shared = getattr(torch.mps, "_host_alias_storage", None)
-    if x.device.type != "mps" or shared is None:
+    # Present since PyTorch 2.13, and where it is built for MPS.
+    if x.device.type != "mps" or not hasattr(torch._C, "_mps_host_alias_storage"):
         return None
     try:
-        storage = shared(x.untyped_storage())
+        storage = torch.mps._host_alias_storage(x.untyped_storage())
     except RuntimeError:
         return None
     return torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.shape, x.stride())

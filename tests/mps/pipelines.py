@@ -71,7 +71,7 @@ def pipeline_on(
 class UnreadTensor(StoredTensor):
     """A tensor of a file that nobody wrote."""
 
-    def read_into(self, target: Tensor) -> None:
+    def read_into(self, target: Tensor, first: int = 0) -> None:
         pass
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxcore import FluxPipeline, GenerationParams
-from fluxcore.models import flux2
+from fluxcore import kernels as plain_kernels
 from fluxcore.pipeline import denoise
 from tests.mps.audit import Audit, Ran
 from tests.mps.conftest import AuditedRun, Waits
@@ -131,8 +131,8 @@ def test_one_more_kernel_in_a_block_is_caught(
     small_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = kernels(small_pipeline)
-    plain = flux2.swiglu
-    monkeypatch.setattr(flux2, "swiglu", lambda x, *rest: plain(x.clone(), *rest))
+    plain = plain_kernels.swiglu
+    monkeypatch.setattr(plain_kernels, "swiglu", lambda x, *rest: plain(x.clone(), *rest))
     after = kernels(small_pipeline)
     # a double block has two streams
     assert after == (before[0] + 2, before[1] + 1, before[2])
