@@ -21,9 +21,12 @@ ADAMW_RMS = 0.2
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, about. Shapes: [N, A, B] -> [N, A, B] bfloat16."""
+    """The nearest semi-orthogonal matrices, about.
+
+    Shapes: [N, A, B] -> [N, A, B], bfloat16 but on a processor, which may multiply it slowly.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
