@@ -148,7 +148,7 @@ class Runtime:
     def placed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of the host on the device, in another dtype.
 
-        For CUDA it is rounded there: PyTorch's threads on the host can wait 10 ms for a processor.
+        For CUDA it is rounded there, so that no threads of the host have to wait for processors.
         """
         if self.device.type == "cuda":
             return x.to(self.device).to(dtype)
