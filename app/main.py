@@ -86,6 +86,7 @@ def pipeline_loader(model: Path | None, settings: Settings) -> Loader:
             compile_networks=settings.compile,
             compiled_store=settings.compiled_store_path,
             cuda_graphs=settings.cuda_graphs,
+            batching=settings.batching,
         )
         # What is here now stays: the frameworks' hundreds of thousands of objects. To look
         # through them for garbage stops all threads for 0.2 s, the event loop's among them.
@@ -107,6 +108,7 @@ def create_engine(settings: Settings, load: Loader) -> Engine:
             in_flight=settings.in_flight_limit,
         ),
         warm_up_sizes=settings.warm_up_sizes_px,
+        joins=settings.batching != "off",
         shutdown_grace_s=settings.shutdown_grace_s,
     )
 

@@ -91,6 +91,11 @@ class Metrics:
             registry=registry,
         )
         self._steps = Counter("fluxd_steps", "Euler steps that were run.", registry=registry)
+        self._joint_steps = Counter(
+            "fluxd_joint_steps",
+            "Euler steps that were run together with those of other pictures.",
+            registry=registry,
+        )
         self._images = Counter("fluxd_images", "Pictures that were delivered.", registry=registry)
         self._previews = Counter(
             "fluxd_previews", "Previews that were delivered.", registry=registry
@@ -126,6 +131,10 @@ class Metrics:
     def began(self, waited_s: float) -> None:
         """A job's first slice is about to run."""
         self._queue_wait.observe(waited_s)
+
+    def joined(self, steps: int) -> None:
+        """A job took so many steps together with another's, or with one another."""
+        self._joint_steps.inc(steps)
 
     def sliced(self, stage: str, took_s: float) -> None:
         """The device has run one slice."""

@@ -40,6 +40,10 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
+    def share(self, run: Any, count: int) -> float:
+        """Each job's slices are to be its own."""
+        return 1.0
+
     def run(self, params: Any) -> Generator[Any, None, Any]:
         self._jobs += 1
         job, work = self._jobs, self._pipeline.run(params)

@@ -6,7 +6,7 @@ imported, and so that a slow or failing pipeline can stand in for scheduling tes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from PIL import Image
@@ -113,7 +113,8 @@ class Denoised(Protocol):
 class Slice(Protocol):
     """One slice of a job that is done, after which the job may be abandoned.
 
-    ``denoise_step`` is None in stages other than denoising.
+    ``denoise_step`` is None in stages other than denoising; with ``has_more``, the same slice
+    took the next picture's step, too.
     """
 
     @property
@@ -126,6 +127,15 @@ class Slice(Protocol):
     def steps(self) -> int: ...
     @property
     def denoise_step(self) -> Denoised | None: ...
+    @property
+    def has_more(self) -> bool: ...
+
+
+class Run(Protocol):
+    """A job's slices; ``StopIteration`` carries the ``Result``."""
+
+    def __next__(self) -> Slice: ...
+    def close(self) -> None: ...
 
 
 class Pipeline(Protocol):
@@ -146,7 +156,16 @@ class Pipeline(Protocol):
 
     def prepare(self, params: GenerationParams) -> Prepared: ...
 
-    def run(self, params: GenerationParams) -> Generator[Slice, None, Result]: ...
+    def run(self, params: GenerationParams) -> Run: ...
+
+    def share(self, run: Any, count: int) -> float:
+        """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
+
+        Measured where it is not known. 1 where they are better taken one by one.
+        """
+
+    def begin_together(self, runs: Sequence[Any]) -> None:
+        """Take a step of several jobs as one; the next slice of each shows it."""
 
     def decode(self, latents: Any, width: int, height: int) -> Image.Image: ...
 

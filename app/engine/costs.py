@@ -143,6 +143,7 @@ class WorkLeft:
 
     Attributes:
         pixels: of the pictures to be drawn and of those that came with the request.
+        all_steps: of all its pictures, before the first.
     """
 
     def __init__(self, params: GenerationParams, resolved: Resolved, previews: int) -> None:
@@ -159,9 +160,10 @@ class WorkLeft:
             "denoise": Unit("denoise", tokens, passes),
             "decode": Unit("decode", width * height),
         }
+        self.all_steps = images * (resolved.steps - resolved.start_step)
         self._left = {
             "text": 1,
-            "denoise": images * (resolved.steps - resolved.start_step),
+            "denoise": self.all_steps,
             "decode": images * (1 + shown),
         }
         held = (*params.references, *(() if params.mask is None else (params.mask,)))
@@ -177,6 +179,11 @@ class WorkLeft:
         if self._references and not self._left["text"]:
             return self._references[0]
         return self._unit_of[next((s for s in self._unit_of if self._left[s]), "decode")]
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that are left; None while prompt or references are still to be encoded."""
+        return None if self._left["text"] or self._references else self._left["denoise"]
 
     def done(self, stage: str) -> None:
         """One slice less. A picture that is drawn once more takes more than was planned."""

@@ -119,6 +119,7 @@ class Engine:
         limits: what may wait and be in flight.
         warm_up_sizes: (width, height) of pictures drawn before the engine is ready; None
             for the model's default size.
+        joins: whether steps of several jobs may be taken as one, where trials show that to pay.
         shutdown_grace_s: what a client is told to wait when the engine is ending.
         on_startup_failure: called, on the worker's thread, when the model cannot be used.
     """
@@ -129,10 +130,11 @@ class Engine:
         *,
         limits: Limits | None = None,
         warm_up_sizes: tuple[tuple[int, int], ...] | None = (),
+        joins: bool = False,
         shutdown_grace_s: float = 30.0,
         on_startup_failure: Callable[[], None] | None = None,
     ) -> None:
-        self._scheduler = Scheduler(limits or Limits())
+        self._scheduler = Scheduler(limits or Limits(), joins=joins)
         self._packers = PackingPool()
         self.metrics = Metrics()
         self._shapes: set[Shape] = set()

@@ -6,11 +6,12 @@ Used from the worker's thread only. Other jobs' slices may run between two of it
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image
 
-from app.engine.contract import Pipeline, Result
+from app.engine.contract import Pipeline, Result, Slice
 from app.engine.events import StepDone
 from app.engine.jobs import Job
 from app.engine.previews import Previewer
@@ -43,6 +44,7 @@ class Flight:
     """One job from its first slice to its last.
 
     Attributes:
+        run: its slices.
         result: the pictures, once they are drawn.
         times: what it took so far.
     """
@@ -53,41 +55,62 @@ class Flight:
         self._job = job
         self._scheduler = scheduler
         self._metrics = metrics
-        self._slices = pipeline.run(job.params)
+        self.run = pipeline.run(job.params)
         self._previewer = Previewer(job, pipeline)
         self.result: Result | None = None
         self.times = FlightTimes()
 
-    def advance(self) -> PreviewPicture | None:
-        """Run one slice, and the preview that is due after it. Raises what the pipeline does."""
+    def advance(self, joint_s: float = 0.0, jobs: int = 1) -> list[PreviewPicture]:
+        """Run one slice, and the previews that are due after it. Raises what the pipeline does.
+
+        Args:
+            joint_s: what a step took that was just taken together with other jobs', and which
+                this slice only shows.
+            jobs: how many of them there were.
+        """
         began_s = time.monotonic()
+        self.times.own_s += joint_s
+        shown: list[Slice] = []
         try:
-            done = next(self._slices)
+            while not shown or shown[-1].has_more:
+                shown.append(next(self.run))
         except StopIteration as end:
             self.times.own_s += time.monotonic() - began_s
             self.result = end.value
-            return None
+            return []
         sliced_s = time.monotonic()
         self.times.own_s += sliced_s - began_s
-        self._account(done.stage, done.stage, sliced_s - began_s)
-        if done.stage == "denoise":
-            # Between two steps the device waits. Whoever comes to watch later is told of its own.
-            eta_s = self._job.eta_s() if self._job.events.is_watched else None
-            self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
+        took_s = joint_s / jobs + sliced_s - began_s
+        if len(shown) * jobs > 1:
+            self._metrics.joined(len(shown))
+        for done in shown:
+            self._account(done.stage, done.stage, took_s / len(shown))
+            if done.stage == "denoise":
+                self._tell(done)
+        return [preview for done in shown for preview in self._preview_after(done)]
+
+    def _tell(self, done: Slice) -> None:
+        # Between two steps the device waits. Whoever comes to watch later is told of its own.
+        eta_s = self._job.eta_s() if self._job.events.is_watched else None
+        self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
+
+    def _preview_after(self, done: Slice) -> Iterator[PreviewPicture]:
+        began_s = time.monotonic()
         picture = self._previewer.picture_after(done)
         if picture is None:
-            return None
-        took_s = time.monotonic() - sliced_s
+            return
+        took_s = time.monotonic() - began_s
         self.times.own_s += took_s
         self.times.previews_s += took_s
         self._account("decode", "preview", took_s)
-        return PreviewPicture(done.image_index, done.step, picture)
+        yield PreviewPicture(done.image_index, done.step, picture)
 
     def _account(self, stage: str, name: str, took_s: float) -> None:
-        self._scheduler.slice_done(self._job, stage, took_s)
+        if stage != "trial":  # which is nobody's work
+            self._scheduler.slice_done(self._job, stage, took_s)
         self._metrics.sliced(stage, took_s)
         self._job.trace.sliced(name, took_s)
 
     def close(self) -> None:
         """Abandon the run."""
-        self._slices.close()
+        self.run.close()

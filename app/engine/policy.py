@@ -12,11 +12,12 @@ The rule, in order:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 from app.engine.costs import CostModel, WorkLeft
 from app.engine.jobs import Job, Priority
+from app.engine.joining import Joining
 from app.engine.shares import Shares
 
 OLDEST_SHARE = 0.25
@@ -43,6 +44,7 @@ class Entry:
     Attributes:
         sequence: the order of acceptance.
         deadline_s: on the clock of ``now_s``.
+        likeness: equal for jobs whose steps may be taken as one; None for those that go alone.
         is_active: its first slice has been given to the worker.
         told_position: what its watchers were last told.
     """
@@ -51,6 +53,7 @@ class Entry:
     sequence: int
     left: WorkLeft
     deadline_s: float | None
+    likeness: Hashable | None = None
     is_active: bool = False
     told_position: int | None = None
     estimate_s: float = 0.0
@@ -63,6 +66,7 @@ class Policy:
     def __init__(self) -> None:
         self.costs = CostModel()
         self.shares = Shares()
+        self.joining = Joining()
         # Seconds of the device that the oldest job has a claim to.
         self._claim_s = 0.0
         self._oldest: Entry | None = None
@@ -125,6 +129,58 @@ class Policy:
             return running or best
         is_nested = len(active) > 1
         return best if self._gives_way(running, best, now_s, is_nested=is_nested) else running
+
+    def company(
+        self,
+        chosen: Entry,
+        waiting: Collection[Entry],
+        active: Collection[Entry],
+        now_s: float,
+        *,
+        may_start: int,
+    ) -> list[Entry]:
+        """Jobs whose steps are better taken with the chosen one's, in their order.
+
+        Some of them may still have to be brought to where the chosen one stands.
+
+        Args:
+            may_start: how many more may be in flight.
+        """
+        if chosen.likeness is None or not chosen.left.steps:
+            return []
+
+        def is_beside(entry: Entry) -> bool:
+            return entry.is_active and entry.left.steps == chosen.left.steps
+
+        def may_come(entry: Entry) -> bool:
+            is_at_start = chosen.left.steps == chosen.left.all_steps
+            return is_beside(entry) or (is_at_start and entry.left.steps is None)
+
+        def first(entry: Entry) -> tuple[bool, bool, Key]:
+            return not is_beside(entry), not entry.is_active, self.key(entry, now_s)
+
+        lead_s = self.shares.lead_s(chosen.job.options.client) + self.remaining_s(chosen)
+        entries = (*active, *sorted(waiting, key=lambda e: self.key(e, now_s))[:may_start])
+        alike = [
+            entry
+            for entry in entries
+            if entry is not chosen
+            and entry.likeness == chosen.likeness
+            and entry.job.options.priority == chosen.job.options.priority
+            and entry.job.cancelled is None
+            # A client that has had more does not go along at the cost of one that has had less.
+            and self.shares.lead_s(entry.job.options.client) <= lead_s
+            and may_come(entry)
+        ]
+        jobs = len(waiting) + len(active)
+        count = self.joining.best(chosen.likeness, 1 + len(alike), jobs)
+        company = sorted(alike, key=first)[: count - 1]
+        joint_s = count * self.joining.share(chosen.likeness, count) * self.remaining_s(chosen)
+        in_time = all(
+            entry.deadline_s is None or now_s + joint_s <= entry.deadline_s
+            for entry in (chosen, *company)
+        )
+        return company if in_time else []
 
     def foreseen(
         self, waiting: Collection[Entry], active: Collection[Entry], now_s: float, places: int

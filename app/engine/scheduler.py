@@ -15,16 +15,25 @@ from app.engine.admission import Admission, Asker, Limits, Load
 from app.engine.costs import WorkLeft
 from app.engine.events import Queued
 from app.engine.jobs import Job
+from app.engine.joining import likeness
 from app.engine.policy import Entry, Policy
 from app.errors import JobTimeoutError, ServiceError
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the worker is to do: the job's next slice, or, with a reason, to end it."""
+    """What the worker is to do with a job: its next slice, unless something else stands here.
+
+    Attributes:
+        end: why to end it.
+        beside: other jobs whose steps are to be taken with its own, as one.
+        trial: find out whether the steps of so many jobs like this one are better taken as one.
+    """
 
     job: Job
     end: ServiceError | None = None
+    beside: tuple[Job, ...] = ()
+    trial: int | None = None
 
 
 class Scheduler:
@@ -36,11 +45,19 @@ class Scheduler:
     Args:
         limits: what may wait and be in flight.
         clock: seconds, growing.
+        joins: whether steps of several jobs may be taken as one.
     """
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        joins: bool = False,
+    ) -> None:
         self._limits = limits
         self._clock = clock
+        self._joins = joins
         self._policy = Policy()
         self._admission = Admission(limits)
         self._waiting: dict[Job, Entry] = {}
@@ -104,7 +121,8 @@ class Scheduler:
                 self._admission.admitted(asker, now_s)
             self._accepted += 1
             deadline_s = None if options.deadline_s is None else now_s + options.deadline_s
-            self._waiting[job] = Entry(job, self._accepted, left, deadline_s)
+            kind = likeness(job.params, job.resolved) if self._joins else None
+            self._waiting[job] = Entry(job, self._accepted, left, deadline_s, kind)
             self._policy.shares.joined(options.client)
             job.place = lambda: self._place(job)
             job.eta_s = lambda: self._eta_s(job)
@@ -139,6 +157,11 @@ class Scheduler:
             entry = self._active[job]
             self._policy.served(entry, took_s)
             self._policy.slice_done(entry, stage, took_s)
+
+    def learned(self, job: Job, count: int, share: float) -> None:
+        """Steps of so many jobs like this one, taken as one, take this share of their time."""
+        with self._changed:
+            self._policy.joining.learned(self._active[job].likeness, count, share)
 
     def expected_s(self, job: Job) -> float | None:
         """What a job's next slice should take, a preview included; None before any measurement."""
@@ -220,10 +243,27 @@ class Scheduler:
         )
         if entry_chosen is None:
             return None
-        if not entry_chosen.is_active:
-            entry_chosen.is_active = True
-            self._active[entry_chosen.job] = self._waiting.pop(entry_chosen.job)
-        return Turn(entry_chosen.job)
+        return self._turn_of(entry_chosen, now_s)
+
+    def _turn_of(self, chosen: Entry, now_s: float) -> Turn:
+        """The chosen job's slice, or what has to come before it is taken with others'."""
+        company = self._policy.company(
+            chosen,
+            self._waiting.values(),
+            self._active.values(),
+            now_s,
+            may_start=max(0, self._limits.in_flight - self.in_flight),
+        )
+        count = 1 + len(company)
+        if company and self._policy.joining.is_untried(chosen.likeness, count):
+            return Turn(chosen.job, trial=count)
+        late = next((entry for entry in company if entry.left.steps is None), None)
+        if late is not None:
+            chosen, company = late, []
+        if not chosen.is_active:
+            chosen.is_active = True
+            self._active[chosen.job] = self._waiting.pop(chosen.job)
+        return Turn(chosen.job, beside=tuple(entry.job for entry in company))
 
     def _overdue(self, entry: Entry) -> Turn:
         job = entry.job

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from app import telemetry
 from app.engine.contract import Loader, LoadStep, Pipeline, Result
@@ -49,6 +50,15 @@ class Startup:
 
     stage: str
     progress: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a job ends: with its pictures, or with a failure."""
+
+    failure: ServiceError | None = None
+    is_out_of_memory: bool = False
+    is_fault: bool = False
 
 
 class _StartupStoppedError(Exception):
@@ -100,6 +110,11 @@ class Worker:
         self._flights: dict[Job, Flight] = {}
         # When the slice in hand began, and what it should take.
         self._slice_began: tuple[float, float | None] | None = None
+
+    @property
+    def _loaded(self) -> Pipeline:
+        assert self.pipeline is not None, "jobs are served once the pipeline is loaded"
+        return self.pipeline
 
     @property
     def is_alive(self) -> bool:
@@ -203,8 +218,10 @@ class Worker:
             end = turn.end or turn.job.cancelled
             if end is not None:
                 self._end(turn.job, end)
+            elif turn.trial is not None:
+                self._try_joining(turn.job, turn.trial)
             else:
-                self._advance(turn.job)
+                self._advance(turn.job, turn.beside)
             telemetry.request_id.reset(token)
             # Nothing of a job may stay alive while the worker waits for the next.
             del turn, end
@@ -222,51 +239,85 @@ class Worker:
             self._scheduler.finished(job)
         self._on_failed(job, reason)
 
-    def _advance(self, job: Job) -> None:
-        """Run one slice of a job; answer it when that was the last, or went wrong."""
-        assert self.pipeline is not None, "jobs are served once the pipeline is loaded"
-        failure: ServiceError | None = None
-        is_out_of_memory = False
-        is_fault = False
-        try:
-            flight = self._flights.get(job)
-            if flight is None:
-                flight = self._flights[job] = Flight(
-                    job, self.pipeline, self._scheduler, self._metrics
-                )
-                self._metrics.began(job.start())
-            self._slice_began = (time.monotonic(), self._scheduler.expected_s(job))
-            preview = flight.advance()
-            self._slice_began = None
-            if preview is not None:
-                self._on_preview(job, preview)
-            if flight.result is None:
+    def _advance(self, job: Job, beside: tuple[Job, ...]) -> None:
+        """Run one slice of a job, or of several as one; answer those that end by it."""
+        jobs, joint_s = (job, *beside), 0.0
+        if beside:
+            began_s = time.monotonic()
+            ending = self._attempt(job, partial(self._begin_together, jobs), slices=len(jobs))
+            if ending is not None:
+                for one in jobs:
+                    self._settle(one, ending)
                 return
-            self._on_drawn(job, flight.result, flight.times)
+            joint_s = time.monotonic() - began_s
+        for one in jobs:
+            token = telemetry.request_id.set(one.request_id)
+            ending = self._attempt(one, partial(self._slice, one, joint_s, len(jobs)))
+            if ending is not None:
+                self._settle(one, ending)
+            telemetry.request_id.reset(token)
+
+    def _try_joining(self, job: Job, count: int) -> None:
+        """Find out whether steps of so many jobs like this one are better taken as one."""
+
+        def measure() -> None:
+            share = self._loaded.share(self._flights[job].run, count)
+            self._scheduler.learned(job, count, share)
+
+        began_s = time.monotonic()
+        ending = self._attempt(job, measure)
+        self._metrics.sliced("trial", time.monotonic() - began_s)
+        if ending is not None:
+            self._settle(job, ending)
+
+    def _begin_together(self, jobs: tuple[Job, ...]) -> None:
+        self._loaded.begin_together([self._flights[job].run for job in jobs])
+
+    def _slice(self, job: Job, joint_s: float, jobs: int) -> bool:
+        """One slice of a job. Whether it was the last; its pictures are then on their way."""
+        flight = self._flights.get(job)
+        if flight is None:
+            flight = self._flights[job] = Flight(job, self._loaded, self._scheduler, self._metrics)
+            self._metrics.began(job.start())
+        previews = flight.advance(joint_s, jobs)
+        for preview in previews:
+            self._on_preview(job, preview)
+        if flight.result is None:
+            return False
+        self._on_drawn(job, flight.result, flight.times)
+        return True
+
+    def _attempt(
+        self, job: Job, work: Callable[[], bool | None], slices: int = 1
+    ) -> _Ending | None:
+        """Do work for a job. How the job ends by it; None where it goes on."""
+        expected_s = self._scheduler.expected_s(job)
+        self._slice_began = (time.monotonic(), None if expected_s is None else slices * expected_s)
+        try:
+            return _Ending() if work() else None
         except ServiceError as error:
-            failure = error.with_traceback(None)
+            return _Ending(error.with_traceback(None))
         except OutOfMemoryError as error:
-            is_out_of_memory = True
             logger.warning("out of memory: %s", error)
-            failure = as_service_error(error)
+            return _Ending(as_service_error(error), is_out_of_memory=True)
         except DeviceFaultError as error:
-            is_fault = True
             logger.error("device fault: %s", error)
-            failure = as_service_error(error)
+            return _Ending(as_service_error(error), is_fault=True)
         except FluxError as error:
-            failure = as_service_error(error)
+            return _Ending(as_service_error(error))
         except Exception as error:
             logger.exception("the job failed")
-            failure = as_service_error(error)
+            return _Ending(as_service_error(error))
         finally:
             self._slice_began = None
-        # Outside the except blocks: their tracebacks hold the tensors that filled the memory.
-        flight = None
+
+    def _settle(self, job: Job, ending: _Ending) -> None:
+        """The device is done with a job. Called where no traceback holds its tensors any more."""
         self._flights.pop(job, None)
-        if is_out_of_memory:
-            self.pipeline.runtime.release_memory()
-        if failure is None or is_fault:
-            self.is_device_suspect = is_fault
+        if ending.is_out_of_memory:
+            self._loaded.runtime.release_memory()
+        if ending.failure is None or ending.is_fault:
+            self.is_device_suspect = ending.is_fault
         self._scheduler.finished(job)
-        if failure is not None:
-            self._on_failed(job, failure)
+        if ending.failure is not None:
+            self._on_failed(job, ending.failure)

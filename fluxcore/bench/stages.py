@@ -18,7 +18,7 @@ from fluxcore.bench.operations import operations, stage_work
 from fluxcore.bench.rates import Rates
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline import FluxPipeline
-from fluxcore.pipeline.pipeline import NO_REFERENCES, EncodedJob
+from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
 from fluxcore.runtime import host_peak_bytes
 
 T = TypeVar("T")

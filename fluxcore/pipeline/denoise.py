@@ -1,4 +1,4 @@
-"""The Euler loop from noise to latents, one step at a time.
+"""The Euler loop from noise to latents, one step at a time, of one picture or of several alike.
 
 Source: diffusers Flux2KleinPipeline.__call__, Flux2KleinInpaintPipeline.__call__ and
 FlowMatchEulerDiscreteScheduler.step.
@@ -6,13 +6,15 @@ FlowMatchEulerDiscreteScheduler.step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fluxcore.models import Flux2Transformer
+from fluxcore.models import Flux2Transformer, Modulation
 from fluxcore.models.rope import Rope
 
 
@@ -80,45 +82,118 @@ class DenoiseInputs:
     inpainting: Inpainting | None
 
 
+class Velocity(NamedTuple):
+    """What the transformer is called with for one prompt of one picture's step.
+
+    Shapes: img [1, L_img, C], references last; txt [1, 512, D].
+    """
+
+    img: Tensor
+    txt: Tensor
+    modulation: Modulation
+    pe: Rope
+    tokens: int
+
+
+VelocitiesOf = Callable[[Sequence[Velocity]], Sequence[Tensor]]
+"""Answers calls that differ in img and txt alone, in their order. Shapes: each [1, tokens, C]."""
+
+
+class Denoising:
+    """One picture on its way from noise to latents.
+
+    Args:
+        sigmas: noise levels, one more than steps; the last is 0.
+        start_step: index of the first step to run.
+
+    Attributes:
+        passes: calls of the transformer in each step.
+    """
+
+    def __init__(
+        self,
+        transformer: Flux2Transformer,
+        inputs: DenoiseInputs,
+        sigmas: Sequence[float],
+        start_step: int,
+    ) -> None:
+        self._inputs = inputs
+        self._sigmas = tuple(sigmas)
+        self._first = self._done = start_step
+        levels = torch.tensor(sigmas[start_step:-1], dtype=torch.float32)
+        self._modulations = transformer.modulation(levels.to(inputs.noise.device))
+        prompts = (inputs.positive, inputs.negative)
+        self._txts = [transformer.text_tokens(prompt) for prompt in prompts if prompt is not None]
+        self.passes = len(self._txts)
+        self._latents = inputs.noise
+        if inputs.inpainting is not None:
+            self._latents = inputs.inpainting.noised(sigmas[start_step])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left."""
+        return self._done == len(self._sigmas) - 1
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for pictures whose next steps may be done as one."""
+        references = self._inputs.references
+        # Tables of one size are one object while they are kept, and the pictures keep them.
+        pe = tuple(map(id, self._inputs.pe))
+        held = None if references is None else references.shape
+        return (self._latents.shape, held, pe, self._sigmas, self._done, self.passes)
+
+    def calls(self) -> list[Velocity]:
+        """What the next step asks of the transformer: with the prompt, then against it."""
+        before, references = self._latents, self._inputs.references
+        # order: [img, references]; the text is put before them inside the transformer
+        img = before if references is None else torch.cat((before, references), dim=1)
+        # One layout in every step, so that one compiled or recorded form serves all of them.
+        img = img.contiguous()
+        modulation = self._modulations[self._done - self._first]
+        pe = self._inputs.pe
+        return [Velocity(img, txt, modulation, pe, before.shape[1]) for txt in self._txts]
+
+    def advance(self, velocities: Sequence[Tensor]) -> DenoiseStep:
+        """Take the step, given the transformer's answers."""
+        inputs, before = self._inputs, self._latents
+        level, next_level = self._sigmas[self._done : self._done + 2]
+        velocity = velocities[0]
+        if self.passes > 1:
+            velocity = velocities[1] + inputs.guidance * (velocity - velocities[1])
+        latents = euler_step(before, velocity, level, next_level)
+        if inputs.inpainting is not None:
+            latents = inputs.inpainting.keep(latents, next_level)
+        self._latents = latents
+        self._done += 1
+        total = len(self._sigmas) - 1
+        return DenoiseStep(self._done, total, next_level, latents, level, before, velocity)
+
+
+def step_together(pictures: Sequence[Denoising], velocities_of: VelocitiesOf) -> list[DenoiseStep]:
+    """One step of each of several pictures that are alike; of one, the plain case."""
+    assert len({picture.alike for picture in pictures}) == 1, "steps that differ"
+    answers = iter(velocities_of([call for picture in pictures for call in picture.calls()]))
+    return [picture.advance(list(islice(answers, picture.passes))) for picture in pictures]
+
+
 def denoise(
     transformer: Flux2Transformer,
     inputs: DenoiseInputs,
     sigmas: Sequence[float],
     start_step: int,
-    velocity_of: Callable[..., Tensor] | None = None,
+    velocities_of: VelocitiesOf | None = None,
 ) -> Iterator[DenoiseStep]:
     """Yield after every Euler step; closing the generator abandons the picture.
 
     Args:
-        sigmas: noise levels, one more than steps; the last is 0.
-        start_step: index of the first step to run.
-        velocity_of: how the transformer is called; the network itself when left out.
+        sigmas, start_step: as ``Denoising`` takes them.
+        velocities_of: how the transformer is called; one call after the other when left out.
     """
-    velocity_of = velocity_of or transformer
-    total = len(sigmas) - 1
-    levels = torch.tensor(sigmas[start_step:-1], dtype=torch.float32)
-    modulations = transformer.modulation(levels.to(inputs.noise.device))
-    positive = transformer.text_tokens(inputs.positive)
-    negative = None if inputs.negative is None else transformer.text_tokens(inputs.negative)
-    inpainting = inputs.inpainting
-    latents = inputs.noise
-    if inpainting is not None:
-        latents = inpainting.noised(sigmas[start_step])
-    for i, modulation in enumerate(modulations, start=start_step):
-        before = latents
-        tokens = before.shape[1]
-        # order: [img, references]; the text is put before them inside the transformer
-        img = before if inputs.references is None else torch.cat((before, inputs.references), dim=1)
-        # One layout in every step, so that one compiled or recorded form serves all of them.
-        img = img.contiguous()
-        velocity = velocity_of(img, positive, modulation, inputs.pe, tokens)
-        if negative is not None:
-            unguided = velocity_of(img, negative, modulation, inputs.pe, tokens)
-            velocity = unguided + inputs.guidance * (velocity - unguided)
-        latents = euler_step(before, velocity, sigmas[i], sigmas[i + 1])
-        if inpainting is not None:
-            latents = inpainting.keep(latents, sigmas[i + 1])
-        yield DenoiseStep(i + 1, total, sigmas[i + 1], latents, sigmas[i], before, velocity)
+    picture = Denoising(transformer, inputs, sigmas, start_step)
+    of = velocities_of or (lambda calls: [transformer(*call) for call in calls])
+    while not picture.is_over:
+        yield step_together((picture,), of)[0]
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:

@@ -8,8 +8,8 @@ and hands control back after every slice, ``generate`` runs them through. All bu
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,18 @@ from torch import Tensor
 
 from fluxcore.bundled import bundled_model
 from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
-from fluxcore.errors import DeviceFaultError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning, ConditioningCache
-from fluxcore.pipeline.denoise import DenoiseInputs, DenoiseStep, Inpainting, denoise
+from fluxcore.pipeline.denoise import (
+    DenoiseInputs,
+    DenoiseStep,
+    Denoising,
+    Inpainting,
+    step_together,
+)
 from fluxcore.pipeline.embedding_store import EmbeddingStore
+from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
+from fluxcore.pipeline.joint_steps import COUNTS, Batching, JointSteps
 from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack
 from fluxcore.pipeline.load import Components, default_side_px, load_components
 from fluxcore.pipeline.pictures import (
@@ -35,18 +42,13 @@ from fluxcore.pipeline.pictures import (
 )
 from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
-from fluxcore.pipeline.result import (
-    GenerationResult,
-    ModelInfo,
-    PreparedJob,
-    Progress,
-)
+from fluxcore.pipeline.result import GenerationResult, ModelInfo, PreparedJob
+from fluxcore.pipeline.run import Run, begin_together
 from fluxcore.runtime import (
     Compile,
     KernelChoice,
     Precision,
     Runtime,
-    StageTimes,
     choose_runtime,
     keep_compiled,
     translated_errors,
@@ -61,36 +63,6 @@ CONDITIONING_CACHE_BYTES = 256 * 2**20
 WARM_UP_PROMPT = "warm up"
 GRAPHED_TOKENS = 4096
 """Image tokens of 1024x1024. With more of them a GPU is busy for longer than launching takes."""
-ATTEMPTS = 2
-"""Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedReferences:
-    """References as the transformer takes them.
-
-    Shapes: tokens [1, L_ref, C], all references one after the other.
-    """
-
-    tokens: Tensor | None
-    grids: tuple[Grid, ...]
-    first: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedJob:
-    """All that the pictures of one job share.
-
-    Attributes:
-        negative: None where guidance is off.
-    """
-
-    positive: Conditioning
-    negative: Conditioning | None
-    references: EncodedReferences
-
-
-NO_REFERENCES = EncodedReferences(None, (), None)
 
 
 class FluxPipeline:
@@ -102,6 +74,7 @@ class FluxPipeline:
         config: the architecture.
         conditioning_cache: recent text embeddings, with hit and miss counters.
         conditioning_store: where they outlive the process, if they do.
+        joint: steps of several pictures as one.
     """
 
     def __init__(
@@ -110,6 +83,7 @@ class FluxPipeline:
         runtime: Runtime,
         conditioning_cache_bytes: int,
         store: EmbeddingStore | None = None,
+        batching: Batching = "off",
     ) -> None:
         self.info: ModelInfo = components.info
         self.config: CheckpointConfig = components.config
@@ -136,6 +110,7 @@ class FluxPipeline:
             runtime.compile_blocks(self.transformer.double_blocks)
             runtime.compile_blocks(self.transformer.single_blocks)
             self._velocity_of = runtime.graphed(self.transformer, GRAPHED_TOKENS)
+        self.joint = JointSteps(lambda *args: self._velocity_of(*args), runtime, batching)
         decoder = PictureDecoder(self.vae, runtime.dtypes.vae, self._layout)
         runtime.compile_blocks((decoder,))
         self._bytes_of: Callable[..., tuple[Tensor, Tensor]] = runtime.graphed(
@@ -158,6 +133,7 @@ class FluxPipeline:
         compile_networks: Compile = "off",
         compiled_store: Path | None = None,
         cuda_graphs: int = 24,
+        batching: Batching = "off",
     ) -> FluxPipeline:
         """Load a checkpoint directory onto a device.
 
@@ -177,6 +153,9 @@ class FluxPipeline:
             compiled_store: directory in which compiled code outlives the process; None leaves
                 that to PyTorch.
             cuda_graphs: recordings of launches that are kept at most; 0 makes none.
+            batching: off, exact or fast: whether steps of pictures of one size are taken as one
+                where a trial shows that to be faster; with exact, only where each picture stays
+                the same bit for bit.
 
         Raises:
             CheckpointError: the directory cannot be used; names the file.
@@ -212,7 +191,7 @@ class FluxPipeline:
                     **replace(runtime, residency="resident").describe(),
                 },
             )
-        return cls(components, runtime, conditioning_cache_bytes, store)
+        return cls(components, runtime, conditioning_cache_bytes, store, batching)
 
     def warm_up(
         self,
@@ -231,14 +210,25 @@ class FluxPipeline:
         self._encode_anew(self.tokenizer.encode(WARM_UP_PROMPT))
         if not self.info.is_distilled:
             self.encode_prompt("")
-        for done, (width, height) in enumerate(sizes):
+        pictures = [
+            GenerationParams(prompt=WARM_UP_PROMPT, width=width, height=height, steps=1, seed=0)
+            for width, height in sizes
+        ]
+        for done, params in enumerate(pictures):
             if progress is not None:
                 progress(done, len(sizes))
-            self.generate(
-                GenerationParams(prompt=WARM_UP_PROMPT, width=width, height=height, steps=1, seed=0)
-            )
+            self.generate(params)
         if progress is not None:
             progress(len(sizes), len(sizes))
+        for params in pictures:
+            self._try_joining(params)
+
+    @torch.inference_mode()
+    def _try_joining(self, params: GenerationParams) -> None:
+        """Find out which numbers of pictures of this size are better drawn side by side."""
+        job = self.prepare(params)
+        picture = self.denoising(job, 0, EncodedJob(*self.encode_text(job), NO_REFERENCES))
+        self.joint.trial(picture.calls()[0], max(COUNTS))
 
     def prepare(self, params: GenerationParams) -> PreparedJob:
         """Check a request against the model and fill in defaults; no device work.
@@ -282,10 +272,11 @@ class FluxPipeline:
     @torch.inference_mode()
     def encode_references(self, job: PreparedJob) -> EncodedReferences:
         """References to latents; with a mask, the first is the picture to paint in."""
-        return _joined([self._encode_reference(job, i) for i in range(len(job.request.references))])
+        count = len(job.request.references)
+        return EncodedReferences.joined([self.encode_reference(job, i) for i in range(count)])
 
     @torch.inference_mode()
-    def _encode_reference(self, job: PreparedJob, index: int) -> tuple[Tensor, Grid]:
+    def encode_reference(self, job: PreparedJob, index: int) -> tuple[Tensor, Grid]:
         """One of them. Shapes: [1, h w, C]."""
         reference = job.request.references[index]
         painted = index == 0 and job.request.mask is not None
@@ -309,12 +300,18 @@ class FluxPipeline:
         """
         if encoded is None:
             encoded = EncodedJob(*self.encode_text(job), self.encode_references(job))
+        picture = self.denoising(job, image_index, encoded)
+        with translated_errors():
+            while not picture.is_over:
+                yield step_together((picture,), self.joint.velocities)[0]
+
+    @torch.inference_mode()
+    def denoising(self, job: PreparedJob, image_index: int, encoded: EncodedJob) -> Denoising:
+        """One picture before its first step."""
         inputs = self._denoise_inputs(job, image_index, encoded)
         params = job.params
         with translated_errors():
-            yield from denoise(
-                self.transformer, inputs, params.sigmas, params.start_step, self._velocity_of
-            )
+            return Denoising(self.transformer, inputs, params.sigmas, params.start_step)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, width: int, height: int) -> Image.Image:
@@ -329,48 +326,27 @@ class FluxPipeline:
             drawn = self._bytes_of(latents.contiguous(), *_grid(width, height))
             return to_picture(*self.runtime.to_host(*drawn))
 
-    def run(self, params: GenerationParams) -> Generator[Progress, None, GenerationResult]:
+    def run(self, params: GenerationParams) -> Run:
         """The whole job in slices: yields after each, returns the result.
 
-        Closing the generator abandons the job. A picture that comes out broken is
-        drawn once more before ``DeviceFaultError`` is raised.
+        Closing it abandons the job.
         """
-        job = self.prepare(params)
-        resolved = job.params
-        steps = resolved.steps
-        times = StageTimes(self.runtime.synchronize)
-        self.runtime.reset_peak()
+        return Run(self, params)
 
-        with times.stage("text"):
-            conditioning, negative = self.encode_text(job)
-        for name, encoded_text in (("prompt", conditioning), ("negative_prompt", negative)):
-            if encoded_text is not None and encoded_text.truncated_tokens:
-                job.warnings.append(
-                    f"the {name} is too long: its last {encoded_text.truncated_tokens} tokens "
-                    "were not used"
-                )
-        yield Progress("text", 0, 0, steps)
+    def share(self, run: Run, count: int) -> float:
+        """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
 
-        pieces = []
-        for index in range(len(params.references)):
-            with times.stage("references"):
-                pieces.append(self._encode_reference(job, index))
-            yield Progress("references", 0, 0, steps)
+        Measured where it is not known. 1 where they are better taken one by one.
+        """
+        run.try_joining(count)
+        return run.share(count)
 
-        encoded = EncodedJob(conditioning, negative, _joined(pieces))
-        images: list[Image.Image] = []
-        for index in range(len(resolved.seeds)):
-            images.append((yield from self._draw(job, index, encoded, times)))
-        return GenerationResult(
-            images=images,
-            seeds=list(resolved.seeds),
-            timings={**times.milliseconds, "total": times.total()},
-            warnings=job.warnings,
-            params=resolved,
-            cache_hit=conditioning.cache_hit,
-            prompt_tokens=conditioning.token_count,
-            peak_bytes=self.runtime.peak_bytes(),
-        )
+    def begin_together(self, runs: Sequence[Run]) -> None:
+        """Take one step of several jobs of one size and schedule, all at the same step, as one.
+
+        The next slice of each shows it. Jobs that are not alike are left as they are.
+        """
+        begin_together(runs)
 
     def generate(
         self,
@@ -397,71 +373,10 @@ class FluxPipeline:
             if on_step is not None and progress.denoise_step is not None:
                 on_step(progress.denoise_step, progress.image_index)
 
-    def _draw(
-        self, job: PreparedJob, index: int, encoded: EncodedJob, times: StageTimes
-    ) -> Generator[Progress, None, Image.Image]:
-        """One picture; tried again once when the device returns none."""
-        params = job.params
-        for attempt in range(1, ATTEMPTS + 1):
-            latents = None
-            for step in self._steps(self.denoise(job, index, encoded), times):
-                latents = step.latents
-                yield Progress("denoise", index, step.index, params.steps, step)
-            assert latents is not None, "a schedule has at least one step"
-            try:
-                with times.stage("decode"):
-                    picture = self.decode(latents, params.width, params.height)
-            except DeviceFaultError:
-                # The fault may lie in what was kept for reuse: none of that may reach
-                # the next try, nor the next job.
-                self.conditioning_cache.clear()
-                self.rope_tables.clear()
-                if attempt == ATTEMPTS:
-                    raise
-                encoded = self._encode(job, times)
-                continue
-            yield Progress("decode", index, params.steps, params.steps)
-            return picture
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _steps(self, steps: Iterator[DenoiseStep], times: StageTimes) -> Iterator[DenoiseStep]:
-        """Each step once it is done.
-
-        A GPU has got the next one by then, so that it does not stand still while the host
-        looks at what else there is to do.
-        """
-        if not self.runtime.runs_ahead:
-            while True:
-                with times.stage("denoise"):
-                    step = next(steps, None)
-                if step is None:
-                    return
-                yield step
-        with times.stage("denoise", waits=False):
-            queued = self._queued(steps)
-        while queued is not None:
-            step, wait = queued
-            with times.stage("denoise", waits=False):
-                queued = self._queued(steps)
-                wait()
-            yield step
-
-    def _queued(
-        self, steps: Iterator[DenoiseStep]
-    ) -> tuple[DenoiseStep, Callable[[], None]] | None:
-        """The next step, begun, and what waits for its end."""
-        step = next(steps, None)
-        return None if step is None else (step, self.runtime.mark())
-
-    def _encode(self, job: PreparedJob, times: StageTimes) -> EncodedJob:
-        """Prompt and references once more, in one go."""
-        with times.stage("text"):
-            positive, negative = self.encode_text(job)
-        references = NO_REFERENCES
-        if job.request.references:
-            with times.stage("references"):
-                references = self.encode_references(job)
-        return EncodedJob(positive, negative, references)
+    def forget(self) -> None:
+        """Drop what is kept for reuse, in which a fault of the device may have been kept."""
+        self.conditioning_cache.clear()
+        self.rope_tables.clear()
 
     def _denoise_inputs(
         self, job: PreparedJob, image_index: int, encoded: EncodedJob
@@ -495,14 +410,6 @@ class FluxPipeline:
     @property
     def _layout(self) -> torch.memory_format:
         return torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-
-
-def _joined(pieces: Sequence[tuple[Tensor, Grid]]) -> EncodedReferences:
-    """Encoded references as one sequence, in their order."""
-    if not pieces:
-        return NO_REFERENCES
-    tokens = [packed for packed, _ in pieces]
-    return EncodedReferences(torch.cat(tokens, dim=1), tuple(grid for _, grid in pieces), tokens[0])
 
 
 def _grid(width: int, height: int) -> Grid:

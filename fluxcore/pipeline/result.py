@@ -13,7 +13,7 @@ from fluxcore.params import GenerationParams, Schedule
 from fluxcore.pipeline.denoise import DenoiseStep
 from fluxcore.weights import LoadReport
 
-Stage = Literal["text", "references", "denoise", "decode"]
+Stage = Literal["text", "references", "trial", "denoise", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Progress:
         image_index: which of the n pictures, from 0.
         step, steps: Euler steps done and wanted, of this picture.
         denoise_step: the latents after a step, for previews; None in other stages.
+        has_more: the same slice took the step of the next picture, too.
     """
 
     stage: Stage
@@ -88,6 +89,7 @@ class Progress:
     step: int
     steps: int
     denoise_step: DenoiseStep | None = None
+    has_more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,9 @@ class GenerationResult:
     """Finished pictures and how they came about.
 
     Attributes:
-        timings: milliseconds per stage (text, references, denoise, decode) and total,
-            the device's work being waited for in each.
+        timings: milliseconds per stage (text, references, trial, denoise, decode) and total,
+            the device's work being waited for in each. "trial" is there where the first pictures
+            of a size were used to find out whether to draw them side by side.
         peak_bytes: peak memory of the device, as ``Runtime.peak_bytes`` defines it, with
             whatever else ran meanwhile; on CUDA since the run that began last.
         cache_hit: whether the prompt's conditioning was at hand.

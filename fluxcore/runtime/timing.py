@@ -30,8 +30,11 @@ class StageTimes:
         yield
         if waits:
             self._synchronize()
-        spent = (time.perf_counter() - started) * 1000
-        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+        self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, spent_s: float) -> None:
+        """A span that was measured elsewhere."""
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent_s * 1000
 
     def total(self) -> float:
         """Milliseconds of all stages together; gaps between them are not the device's."""

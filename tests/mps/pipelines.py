@@ -17,8 +17,8 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.config import TEXT_TOKENS, read_checkpoint_config
 from fluxcore.pipeline import Conditioning
+from fluxcore.pipeline.encoded import EncodedJob
 from fluxcore.pipeline.load import load_components
-from fluxcore.pipeline.pipeline import EncodedJob
 from fluxcore.runtime import Residency, Runtime
 from fluxcore.runtime.dtypes import choose_dtypes
 from fluxcore.weights import load, weight_plan

@@ -87,6 +87,7 @@ class FakeSlice:
     step: int
     steps: int
     denoise_step: FakeDenoised | None = None
+    has_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,13 @@ class FakePipeline:
             warnings=[],
             params=resolved,
         )
+
+    def share(self, run: object, count: int) -> float:
+        """Nothing is gained by steps at once."""
+        return 1.0
+
+    def begin_together(self, runs: Sequence[object]) -> None:
+        raise AssertionError("jobs that gain nothing by it were joined")
 
     def decode(self, latents: int, width: int, height: int) -> Image.Image:
         """A picture whose shade is the number."""

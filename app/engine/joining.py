@@ -1,0 +1,74 @@
+"""Which jobs take their steps as one, and how many.
+
+A joint step costs less than the steps one by one, where the pipeline's trials showed so, but the
+job that was to go first ends later by it. So steps are joined where that makes the sum of all
+jobs' waits smaller: when enough others wait behind them. Pure: has no clock, locks or threads.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+from app.engine.contract import Resolved
+from fluxcore.fitting import fitted_size
+from fluxcore.params import GenerationParams
+
+COUNTS = (2, 4)
+"""Jobs that are joined."""
+HOPED_SHARE = 0.85
+"""Time of a joint step a job, of the step alone, below which no device was seen; a trial pays
+only where even that would."""
+LIKENESSES_KEPT = 64
+
+
+def likeness(params: GenerationParams, resolved: Resolved) -> Hashable | None:
+    """Equal for jobs whose steps may be taken as one; None for jobs of several pictures.
+
+    These are drawn side by side as it is.
+    """
+    if len(resolved.seeds) > 1:
+        return None
+    return (
+        (resolved.width, resolved.height),
+        tuple(fitted_size(picture) for picture in params.references),
+        (params.schedule, resolved.steps, resolved.start_step),
+        resolved.guidance is None,
+    )
+
+
+class Joining:
+    """What the trials showed, and what follows from it."""
+
+    def __init__(self) -> None:
+        self._shares: OrderedDict[tuple[Hashable, int], float] = OrderedDict()
+
+    def learned(self, kind: Hashable, count: int, share: float) -> None:
+        """A step of so many jobs at once takes this share of the steps one by one."""
+        self._shares[kind, count] = share
+        self._shares.move_to_end((kind, count))
+        if len(self._shares) > LIKENESSES_KEPT * len(COUNTS):
+            self._shares.popitem(last=False)
+
+    def is_untried(self, kind: Hashable, count: int) -> bool:
+        """Whether a trial is needed before so many are joined."""
+        return (kind, count) not in self._shares
+
+    def share(self, kind: Hashable, count: int) -> float:
+        """As ``learned`` was told; before that what can be hoped for."""
+        return 1.0 if count == 1 else self._shares.get((kind, count), HOPED_SHARE)
+
+    def best(self, kind: Hashable, alike: int, jobs: int) -> int:
+        """How many of the jobs that are alike to join, all jobs there are being as long.
+
+        Args:
+            alike: those that could be.
+            jobs: all there are, these among them.
+        """
+
+        def waits(count: int) -> float:
+            """The sum of all jobs' times until they are done, in units of one job's work."""
+            after = jobs - count
+            return jobs * count * self.share(kind, count) + after * (after + 1) / 2
+
+        return min((1, *(c for c in COUNTS if c <= alike)), key=waits)

@@ -1,0 +1,255 @@
+"""One job from its prompt to its pictures, slice by slice.
+
+Owns the order of a job's slices, the pictures in the making and the second try of one that came
+out broken. Between two slices any other job's may run. The stages themselves are the pipeline's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fluxcore.errors import DeviceFaultError
+from fluxcore.params import GenerationParams
+from fluxcore.pipeline.conditioning import Conditioning
+from fluxcore.pipeline.denoise import DenoiseStep, Denoising, step_together
+from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
+from fluxcore.pipeline.result import GenerationResult, Progress, Stage
+from fluxcore.runtime import StageTimes, translated_errors
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from fluxcore.pipeline.pipeline import FluxPipeline
+
+ATTEMPTS = 2
+"""Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
+
+
+class Begun(NamedTuple):
+    """A step of each picture in the making, and what waits for its end."""
+
+    steps: list[DenoiseStep]
+    wait: Callable[[], None]
+
+
+def begin_ahead(runs: Sequence[Run]) -> None:
+    """Begin the next step of one job, or of several that are alike, as one.
+
+    A GPU gets the one after it, too, so that it does not stand still while the host looks at
+    what else there is to do.
+    """
+    pipe, first = runs[0].pipe, runs[0]
+    depth = 2 if pipe.runtime.runs_ahead else 1
+    with torch.inference_mode(), translated_errors():
+        pictures = [run.ready() for run in runs]
+        while len(first.begun) < depth and not first.ready()[0].is_over:
+            steps = iter(step_together(list(chain(*pictures)), pipe.joint.velocities))
+            wait = pipe.runtime.mark()
+            for run, own in zip(runs, pictures, strict=True):
+                run.begun.append(Begun(list(islice(steps, len(own))), wait))
+
+
+def begin_together(runs: Sequence[Run]) -> None:
+    """Take one step of several jobs as one and wait for it; the next slice of each shows it.
+
+    Jobs that are not alike are left as they are: each takes its own.
+    """
+    began_s = time.perf_counter()
+    with torch.inference_mode(), translated_errors():
+        are_alike = len({(run.ready()[0].alike, len(run.begun)) for run in runs}) == 1
+    if not are_alike:
+        return
+    begin_ahead(runs)
+    runs[0].begun[0].wait()
+    for run in runs:
+        run.times.add("denoise", time.perf_counter() - began_s)
+
+
+class Run(Iterator[Progress]):
+    """Yields after every slice; ``StopIteration`` carries the ``GenerationResult``.
+
+    A picture that comes out broken is drawn once more before ``DeviceFaultError`` is raised.
+    Small pictures of one job are drawn side by side where that was measured to be faster.
+
+    Attributes:
+        times: of its stages so far.
+        begun: steps that are not yet shown, in their order.
+
+    Raises:
+        InvalidParamsError: the request does not fit the model.
+    """
+
+    def __init__(self, pipe: FluxPipeline, params: GenerationParams) -> None:
+        self.pipe = pipe
+        self.times = StageTimes(pipe.runtime.synchronize)
+        self.begun: deque[Begun] = deque()
+        self._job = pipe.prepare(params)
+        self._encoded: EncodedJob | None = None
+        self._images: list[Image.Image] = []
+        # Those in the making, side by side.
+        self._pictures: list[Denoising] = []
+        self._slices = self._work()
+
+    def __next__(self) -> Progress:
+        return next(self._slices)
+
+    def close(self) -> None:
+        """Abandon the job."""
+        self._slices.close()
+        self._pictures.clear()
+        self.begun.clear()
+
+    def ready(self) -> list[Denoising]:
+        """The pictures whose steps come next. Only once prompt and references are encoded."""
+        if not self._pictures:
+            first, wanted = len(self._images), len(self._job.params.seeds)
+            picture = self._denoising(first)
+            most = picture.passes * (wanted - first)
+            count = self.pipe.joint.best(picture.calls()[0], most) // picture.passes
+            more = range(first + 1, first + count)
+            self._pictures = [picture, *(self._denoising(index) for index in more)]
+        return self._pictures
+
+    def try_joining(self, count: int) -> bool:
+        """Find out whether so many pictures like this one are better drawn side by side.
+
+        Returns:
+            False where that was known.
+        """
+        joint = self.pipe.joint
+        with torch.inference_mode(), translated_errors():
+            picture = self._denoising(len(self._images))
+            call, most = picture.calls()[0], picture.passes * count
+            if not joint.is_untried(call, most):
+                return False
+            joint.trial(call, most)
+            return True
+
+    def share(self, count: int) -> float:
+        """Time of one of so many pictures like this one, drawn together, of its time alone.
+
+        1 where it is not known to be less.
+        """
+        joint = self.pipe.joint
+        with torch.inference_mode(), translated_errors():
+            picture = self.ready()[0]
+            call = picture.calls()[0]
+        of_all = joint.share(call, count * picture.passes) or 1.0
+        return of_all / (joint.share(call, joint.best(call, picture.passes)) or 1.0)
+
+    def _work(self) -> Generator[Progress, None, GenerationResult]:
+        pipe, job, times = self.pipe, self._job, self.times
+        resolved = job.params
+        pipe.runtime.reset_peak()
+        with times.stage("text"):
+            positive, negative = pipe.encode_text(job)
+        self._warn_of_cuts(positive, negative)
+        yield self._progress("text")
+
+        pieces = []
+        for index in range(len(job.request.references)):
+            with times.stage("references"):
+                pieces.append(pipe.encode_reference(job, index))
+            yield self._progress("references")
+
+        self._encoded = EncodedJob(positive, negative, EncodedReferences.joined(pieces))
+        wanted = len(resolved.seeds)
+        if wanted > 1 or negative is not None:
+            began_s = time.perf_counter()
+            if self.try_joining(wanted):
+                times.add("trial", time.perf_counter() - began_s)
+                yield self._progress("trial")
+        while len(self._images) < wanted:
+            yield from self._draw()
+        return GenerationResult(
+            images=self._images,
+            seeds=list(resolved.seeds),
+            timings={**times.milliseconds, "total": times.total()},
+            warnings=job.warnings,
+            params=resolved,
+            cache_hit=positive.cache_hit,
+            prompt_tokens=positive.token_count,
+            peak_bytes=pipe.runtime.peak_bytes(),
+        )
+
+    def _draw(self) -> Generator[Progress, None, None]:
+        """The next pictures, as many as are drawn side by side."""
+        drawn = yield from self._denoised()
+        for latents in drawn:
+            self._images.append((yield from self._decoded(latents)))
+            yield self._progress("decode", self._job.params.steps, len(self._images) - 1)
+
+    def _decoded(self, latents: Tensor) -> Generator[Progress, None, Image.Image]:
+        """One picture; drawn again once, alone, when the device returns none."""
+        pipe, params = self.pipe, self._job.params
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with self.times.stage("decode"):
+                    return pipe.decode(latents, params.width, params.height)
+            except DeviceFaultError:
+                # The fault may lie in what was kept for reuse: none of that may reach
+                # the next try, nor the next job.
+                pipe.forget()
+                if attempt == ATTEMPTS:
+                    raise
+            self._encode_again()
+            self._pictures = [self._denoising(len(self._images))]
+            (latents,) = yield from self._denoised()
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _denoised(self) -> Generator[Progress, None, list[Tensor]]:
+        """The final latents of the pictures in the making."""
+        first, steps = len(self._images), self._job.params.steps
+        latents: list[Tensor] = []
+        for begun in self._steps():
+            latents = [step.latents for step in begun]
+            for offset, step in enumerate(begun):
+                has_more = offset + 1 < len(begun)
+                index = first + offset
+                yield Progress("denoise", index, step.index, steps, step, has_more=has_more)
+        assert latents, "a schedule has at least one step"
+        self._pictures = []
+        return latents
+
+    def _steps(self) -> Iterator[list[DenoiseStep]]:
+        """Each step once it is done."""
+        is_over = False
+        while not is_over:
+            with self.times.stage("denoise", waits=False):
+                begin_ahead((self,))
+                steps, wait = self.begun.popleft()
+                wait()
+            yield steps
+            is_over = not self.begun and self._pictures[0].is_over
+
+    def _progress(self, stage: Stage, step: int = 0, image_index: int = 0) -> Progress:
+        return Progress(stage, image_index, step, self._job.params.steps)
+
+    def _denoising(self, index: int) -> Denoising:
+        assert self._encoded is not None, "prompt and references come first"
+        return self.pipe.denoising(self._job, index, self._encoded)
+
+    def _encode_again(self) -> None:
+        """Prompt and references once more, in one go."""
+        with self.times.stage("text"):
+            positive, negative = self.pipe.encode_text(self._job)
+        references = NO_REFERENCES
+        if self._job.request.references:
+            with self.times.stage("references"):
+                references = self.pipe.encode_references(self._job)
+        self._encoded = EncodedJob(positive, negative, references)
+
+    def _warn_of_cuts(self, positive: Conditioning, negative: Conditioning | None) -> None:
+        for name, encoded in (("prompt", positive), ("negative_prompt", negative)):
+            if encoded is not None and encoded.truncated_tokens:
+                self._job.warnings.append(
+                    f"the {name} is too long: its last {encoded.truncated_tokens} tokens "
+                    "were not used"
+                )
