@@ -151,15 +151,17 @@ class Run(Iterator[Progress]):
         with times.stage("text"):
             positive, negative = pipe.encode_text(job)
         self._warn_of_cuts(positive, negative)
+        # Before control is handed back: the first step may be taken together with another job's.
+        self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
         yield self._progress("text")
 
         pieces = []
         for index in range(len(job.request.references)):
             with times.stage("references"):
                 pieces.append(pipe.encode_reference(job, index))
+            self._encoded = EncodedJob(positive, negative, EncodedReferences.joined(pieces))
             yield self._progress("references")
 
-        self._encoded = EncodedJob(positive, negative, EncodedReferences.joined(pieces))
         wanted = len(resolved.seeds)
         if wanted > 1 or negative is not None:
             began_s = time.perf_counter()
