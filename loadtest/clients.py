@@ -126,11 +126,15 @@ def _metric(text: str, pattern: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def _lag(text: str) -> str:
-    """Timers of the event loop that came more than 50 and 100 ms late."""
-    name = "fluxd_event_loop_lag_seconds"
-    count = _metric(text, f"{name}_count")
-    late = [count - _metric(text, rf'{name}_bucket\{{le="{bound}"\}}') for bound in (0.05, 0.1)]
+def late_timers(before: str, after: str) -> str:
+    """Timers of the event loop that came more than 50 and 100 ms late in the run."""
+
+    def more(metric: str) -> float:
+        pattern = f"fluxd_event_loop_lag_seconds_{metric}"
+        return _metric(after, pattern) - _metric(before, pattern)
+
+    count = more("count")
+    late = [count - more(rf'bucket\{{le="{bound}"\}}') for bound in (0.05, 0.1)]
     return f"{late[0]:.0f} timers of {count:.0f} over 50 ms late, {late[1]:.0f} over 100 ms"
 
 
@@ -167,7 +171,7 @@ def main() -> int:
         ("waits over twice the told", f"{len(outcome.dishonest)} {outcome.dishonest[:5]}"),
         ("answer, s", _quantiles(outcome.latencies_s)),
         ("beside the job, s", _quantiles(outcome.overheads_s)),
-        ("event loop", _lag(after)),
+        ("event loop", late_timers(before, after)),
         ("resident, MiB", f"{memory[0]:.0f} -> {memory[1]:.0f}"),
         ("wrong", f"{len(outcome.wrong)} {outcome.wrong[:5]}"),
     ):

@@ -100,7 +100,8 @@ def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -
     return InvalidRequestError(f"{rule}; got {_got(path, problem['input'])}", param=param)
 
 
-def _handle(request: Request, error: Exception) -> JSONResponse:
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    """Not a plain function: those are handed to a thread, which a refusal is not worth."""
     known = _as_known(request, error)
     log_refusal(request.method, known)
     return render(known)
