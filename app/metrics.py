@@ -115,7 +115,7 @@ class Metrics:
         )
         self._loop_lag = Histogram(
             "fluxd_event_loop_lag_seconds",
-            "How late a timer of the event loop comes: how long something blocked it.",
+            "How late a timer of the event loop comes: blocked, or while others had the cores.",
             buckets=_LAG_BUCKETS_S,
             registry=registry,
         )
