@@ -101,7 +101,11 @@ class Bench:
         self.out: Path | None = args.out
         started = time.perf_counter()
         self.runtime = choose_runtime("cuda", kernels="fused")
-        self.components = random_components(args.preset, self.runtime, shallow=args.shallow)
+        # As the files have it, and as fluxd's own kernels read it.
+        self.plain = random_components(args.preset, self.runtime, shallow=args.shallow)
+        arranged = copy.deepcopy(self.plain.transformer)
+        self.runtime.arrange(arranged)
+        self.components = replace(self.plain, transformer=arranged)
         torch.cuda.synchronize()
         print(json.dumps(self.runtime.describe()))
         print(f"model drawn in {time.perf_counter() - started:.1f} s", flush=True)
@@ -115,7 +119,7 @@ class Bench:
     def rebuilt(self, runtime: Runtime, dtype: torch.dtype | None = None) -> FluxPipeline:
         """The model with the functions of another runtime; compiled, where that compiles."""
         parts = {
-            name: copy.deepcopy(getattr(self.components, name)).to(dtype)
+            name: copy.deepcopy(getattr(self.plain, name)).to(dtype)
             for name in ("text_encoder", "transformer", "vae")
         }
         for network in parts.values():
@@ -175,6 +179,12 @@ class Bench:
         self._measure("fused+graphs", self.pipeline(graphs=True), self.runs)
         self._same("fused", "fused+graphs")
 
+    def phase_one_pass(self) -> None:
+        """Every product in the library, and one kernel for each pass between two of them."""
+        pipe = self.pipeline(graphs=True, transformer=self.plain.transformer)
+        self._measure("products apart+graphs", pipe, self.runs)
+        self._distance("plain", "products apart+graphs")
+
     def phase_profile(self) -> None:
         """Which kernels a picture is made of."""
         pipe = self.pipeline(graphs=True)
@@ -182,7 +192,7 @@ class Bench:
             self._profile(pipe, f"bf16-{size}", size)
 
     def phase_fp8(self) -> None:
-        quantised = copy.deepcopy(self.components.transformer)
+        quantised = copy.deepcopy(self.plain.transformer)
         blocks = (*quantised.double_blocks, *quantised.single_blocks)
         quantise(blocks, self.runtime.eight_bits("fp8"))
         pipe = self.pipeline(graphs=True, transformer=quantised)

@@ -12,7 +12,7 @@ src/flux2/model.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -205,6 +205,13 @@ class SingleBlock(nn.Module):
         return self.add_gated(x, gate, self.gated(self.out, mlp, attended))
 
 
+def single_blocks(blocks: Iterable[nn.Module], x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
+    """One after the other. Shapes: x [B, L, D], mod [3, 1, D] -> [B, L, D]."""
+    for block in blocks:
+        x = block(x, mod, pe)
+    return x
+
+
 class Flux2Transformer(nn.Module):
     """Velocity of the image tokens.
 
@@ -231,6 +238,8 @@ class Flux2Transformer(nn.Module):
             SingleBlock(config, kernels) for _ in range(config.single_blocks)
         )
         self.img_out = nn.Linear(width, config.out_channels, bias=False)
+        # Another form where weights are laid out for it.
+        self.run_single: Callable[..., Tensor] = single_blocks
 
     def modulation(self, t: Tensor) -> list[Modulation]:
         """All AdaLN vectors of all steps, in one pass over the modulation weights.
@@ -262,8 +271,7 @@ class Flux2Transformer(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, mod, pe)
         x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]
-        for block in self.single_blocks:
-            x = block(x, mod.single, pe)
+        x = self.run_single(self.single_blocks, x, mod.single, pe)
         x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
         factor, shift = mod.final
         return self.modulated(self.img_out, x, shift, factor, self.config.norm_eps)

@@ -103,6 +103,18 @@ class Runtime:
         is_narrow = self.dtypes.weights == self.dtypes.vae == torch.bfloat16
         return self.fuses and is_narrow and not self.compiles and missing_for_triton() is None
 
+    def arrange(self, transformer: Any) -> None:
+        """Lay loaded weights out as this device's kernels read them, once and in place."""
+        is_hopper = self.capability == HOPPER and self.uses_triton
+        if not is_hopper or self.residency == "low":
+            return
+        from fluxcore.runtime import triton_products as products
+
+        if all(map(products.fits, transformer.single_blocks)):
+            for block in transformer.single_blocks:
+                products.arrange(block)
+            transformer.run_single = products.single_blocks
+
     def _attentions(self) -> tuple[Attention, Attention]:
         """For transformer and text encoder, and for the VAE."""
         if self.kind == "mps":

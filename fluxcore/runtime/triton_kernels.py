@@ -36,7 +36,7 @@ NORM_TILES = 8
 Rope = tuple[Tensor, Tensor]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
     """Run a kernel on the device of its first argument, which need not be the current one."""
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, **options)
@@ -110,7 +110,7 @@ def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: 
     x = x.contiguous()
     rows = _Rows.made(linear, x, width)
     block = triton.next_power_of_2(width)
-    _launch(
+    launch(
         _modulate,
         (x.numel() // width,),
         x,
@@ -228,7 +228,7 @@ def _turned(
     batch, tokens, _ = qkv.shape
     _, joint, out_heads, width = out.shape
     size = math.gcd(heads[0], MOST_HEADS)
-    _launch(
+    launch(
         _turn,
         (batch * tokens, out_heads // size),
         qkv,
@@ -335,7 +335,7 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
     width = kept + mlp
     rows = _Rows.made(linear, hidden, width)
     block = triton.next_power_of_2(width)
-    _launch(
+    launch(
         _gate_and_round,
         (hidden.shape[:-1].numel(),),
         before,
@@ -363,7 +363,7 @@ def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:
     out = hidden.new_empty((*hidden.shape[:-1], kept + mlp))
     grid = (out.numel() // (kept + mlp), triton.cdiv(kept + mlp, COLUMNS))
     source = rows if before is None else before
-    _launch(_gate, grid, source, rows, out, kept, rows.stride(-2), kept, mlp, COLUMNS, num_warps=4)
+    launch(_gate, grid, source, rows, out, kept, rows.stride(-2), kept, mlp, COLUMNS, num_warps=4)
     return out
 
 
@@ -479,7 +479,7 @@ def normed(
     sums = x.new_empty((batch, parts, 2, channels), dtype=torch.float32)
     factors = x.new_empty((batch, 2, channels), dtype=torch.float32)
     out = torch.empty_like(x)
-    _launch(
+    launch(
         _sum_channels,
         (parts, batch),
         x,
@@ -491,7 +491,7 @@ def normed(
         side,
         num_warps=8,
     )
-    _launch(
+    launch(
         _factors,
         (norm.num_groups, batch),
         x,
@@ -509,7 +509,7 @@ def normed(
         at_once,
         triton.next_power_of_2(triton.cdiv(parts, at_once)),
     )
-    _launch(
+    launch(
         _scale_channels,
         (tiles, batch),
         x,
@@ -560,7 +560,7 @@ def residual_block(block: Residual, x: Tensor) -> Tensor:
         return x + hidden + bias[:, None, None]
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _launch(_add_pictures, grid, x, hidden, bias, out, x.numel(), x.shape[1], COLUMNS, num_warps=4)
+    launch(_add_pictures, grid, x, hidden, bias, out, x.numel(), x.shape[1], COLUMNS, num_warps=4)
     return out
 
 
@@ -590,7 +590,7 @@ def doubled(x: Tensor) -> Tensor:
     shape = (batch, channels, 2 * height, 2 * width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _launch(_double, grid, x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
+    launch(_double, grid, x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
     return out
 
 
@@ -612,7 +612,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(x, gate, y)
     out = torch.empty_like(x)
     grid = (x.numel() // width, triton.cdiv(width, COLUMNS))
-    _launch(_add_gated, grid, x, gate, y, out, width, COLUMNS, num_warps=4)
+    launch(_add_gated, grid, x, gate, y, out, width, COLUMNS, num_warps=4)
     return out
 
 
@@ -634,7 +634,7 @@ def round_rows(
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(width)
     warps = 16 if block > ELEMENTS else 8
-    _launch(
+    launch(
         _round_rows, (rows,), x, out, scales, width, largest, smallest, True, block, num_warps=warps
     )
     return out, scales
