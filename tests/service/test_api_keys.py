@@ -140,6 +140,7 @@ def test_each_key_is_found_under_its_own_name() -> None:
         (f"a b:{digest_of(KEY)}", "a key is written NAME:HASH"),
         (f"{ENTRY},{ENTRY}", "two keys are named 'alice'"),
     ],
+    ids=["a key alone", "a key for its hash", "capitals", "no rate", "a blank", "a name twice"],
 )
 def test_a_malformed_entry_is_refused_without_telling_a_key(entry: str, says: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(says)) as refused:
