@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from app.api.documents import ErrorAnswer, put_body_in_place, raw_error, schema_of
+from app.api.documents import ErrorAnswer, error, put_body_in_place, schema_of
 from app.api.security.guard import is_public
 from app.settings import Settings
 
@@ -59,4 +59,4 @@ def _describe(operation: dict[str, Any], method: str, *, needs_key: bool) -> Non
     if method == "post":
         statuses = (*statuses, *POST_ERRORS)
     for status in statuses:
-        operation["responses"].setdefault(str(status), raw_error(status))
+        operation["responses"].setdefault(str(status), error(status))
