@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -56,13 +58,16 @@ def test_a_picture_is_packed_while_all_threads_for_strips_are_busy() -> None:
 def test_the_answer_does_not_wait_for_the_line_in_the_log(
     start_live: StartLive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "ANSWER_LEAD_S", 1.0)
+    go_on = threading.Event()
+    held = {**vars(time), "sleep": lambda lead_s: go_on.wait(PATIENCE_S)}
+    monkeypatch.setattr(engine, "time", SimpleNamespace(**held))
     stream, live = io.StringIO(), start_live()
     configure_logging("info", "plain", stream)
     assert live.generate("a red fox").status_code == 200
     assert "job done" not in stream.getvalue()
     # Nor does the job count as one that runs.
     assert live.engine.is_idle
+    go_on.set()
     wait_until(lambda: "job done" in stream.getvalue())
 
 
