@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fluxcore.config import TransformerConfig
 from fluxcore.kernels import Kernels, plain_attention
 from fluxcore.models import flux2
 from fluxcore.models.rope import Rope
+from fluxcore.runtime import Runtime, choose_runtime
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -138,3 +140,22 @@ def test_only_what_the_tiles_divide_is_taken() -> None:
     block.sizes = (3 * 256, 2 * 512)
     block.qk_norm.heads = 4
     assert not products.fits(block)
+
+
+def test_a_transformer_is_arranged_where_the_kernels_were_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = choose_runtime("cpu", "float32")
+    monkeypatch.setattr(Runtime, "uses_triton", True)
+    for capability, residency in (((8, 9), "resident"), ((9, 0), "low"), ((10, 0), "resident")):
+        transformer = flux2.Flux2Transformer(CONFIG, Kernels(plain_attention, plain_attention))
+        replace(runtime, capability=capability, residency=residency).arrange(transformer)
+        assert transformer.run_single is flux2.single_blocks
+    before = transformer.single_blocks[0].qkv_mlp.weight.clone()
+    replace(runtime, capability=(9, 0)).arrange(transformer)
+    assert transformer.run_single is products.single_blocks
+    after = transformer.single_blocks[0].qkv_mlp.weight
+    qkv, half, gates = 768, 128, 512
+    assert torch.equal(after[:qkv], before[:qkv])
+    assert torch.equal(after[qkv : qkv + half], before[qkv : qkv + half])
+    assert torch.equal(after[qkv + half : qkv + 2 * half], before[qkv + gates :][:half])

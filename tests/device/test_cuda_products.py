@@ -1,0 +1,66 @@
+"""A model whose heads are as wide as the published ones: products that finish their results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.models.flux2 import single_blocks
+from fluxcore.weights.random_architecture import PRESETS
+from fluxcore.weights.random_checkpoint import write_random_checkpoint
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(not IS_HOPPER, reason="no Hopper GPU on this machine"),
+]
+SIZES = ((128, 96), (512, 512), (1024, 768))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny = PRESETS["tiny"]
+    shape = replace(tiny.transformer, attention_head_dim=128, axes_dims_rope=(32, 32, 32, 32))
+    directory = tmp_path_factory.mktemp("checkpoint") / "wide-heads"
+    return write_random_checkpoint(directory, architecture=replace(tiny, transformer=shape))
+
+
+def loaded(checkpoint: Path, **settings: object) -> FluxPipeline:
+    return FluxPipeline.load(checkpoint, "cuda", **settings)  # type: ignore[arg-type]
+
+
+def latents(pipe: FluxPipeline, width: int, height: int) -> Tensor:
+    params = GenerationParams(prompt="a red fox", width=width, height=height, steps=3, seed=5)
+    *_, last = pipe.denoise(pipe.prepare(params))
+    return last.latents.float().cpu()
+
+
+def test_pictures_are_those_of_the_plain_form(checkpoint: Path) -> None:
+    plain = loaded(checkpoint, kernels="plain", cuda_graphs=0)
+    fused = loaded(checkpoint, cuda_graphs=0)
+    graphed = loaded(checkpoint, cuda_graphs=24)
+    assert plain.transformer.run_single is single_blocks
+    assert fused.transformer.run_single is not single_blocks
+    for size in SIZES:
+        expected, found = latents(plain, *size), latents(fused, *size)
+        # Measured: see the log of the 4B, 0.013.
+        assert float((found - expected).norm() / expected.norm()) < 0.05, size
+        for _ in range(2):
+            assert torch.equal(latents(graphed, *size), found), size
+
+
+def test_fp8_has_the_library_s_products(checkpoint: Path) -> None:
+    assert loaded(checkpoint, precision="fp8").transformer.run_single is single_blocks
+
+
+def test_pictures_drawn_side_by_side_stay_the_same(checkpoint: Path) -> None:
+    params = GenerationParams(prompt="a red fox", width=128, height=96, steps=3, seed=5, n=4)
+    apart, exact = loaded(checkpoint), loaded(checkpoint, batching="exact")
+    expected = [image.tobytes() for image in apart.generate(params).images]
+    for _ in range(2):
+        assert [image.tobytes() for image in exact.generate(params).images] == expected
