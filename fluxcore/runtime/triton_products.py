@@ -27,15 +27,6 @@ from fluxcore.runtime.triton_kernels import Rope, add_gated, launch, modulated
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """Of a tile of the product, and of what is added to it at once."""
 HEAD_WIDTH = 128
-FEW_ROWS = 2048
-"""Up to so many, q, k, v and the MLP are one product; of more rows, two are faster."""
-OPTIONS = {"num_warps": 8, "num_stages": 3}
-
-
-class Norm(Protocol):
-    weight: Tensor
-    eps: float
-    heads: int
 
 
 class Block(Protocol):
@@ -105,29 +96,13 @@ def projected(block: Block, rows: Tensor, turns: Rope) -> tuple[Tensor, Tensor, 
     joined [B, L, D + M], whose first D columns are left open for what attention gives.
     """
     batch, tokens, width = rows.shape
-    qkv_columns, mlp_columns = block.sizes
+    _, mlp_columns = block.sizes
     heads = rows.new_empty((batch, tokens, 3, block.qk_norm.heads, HEAD_WIDTH))
     joined = rows.new_empty((batch, tokens, width + mlp_columns // 2))
-    weight = block.qkv_mlp.weight
-    if batch * tokens <= FEW_ROWS:
-        _multiply(rows, weight, block.qk_norm, turns, heads, joined, qkv_columns)
-    else:
-        _multiply(rows, weight[:qkv_columns], block.qk_norm, turns, heads, joined, qkv_columns)
-        _multiply(rows, weight[qkv_columns:], block.qk_norm, turns, heads, joined, 0)
-    q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, K]
-    return q, k, v, joined
-
-
-def _multiply(
-    rows: Tensor, weight: Tensor, norm: Norm, turns: Rope, heads: Tensor, joined: Tensor, qkv: int
-) -> None:
-    """One product; columns up to ``qkv`` go to heads, those behind them to joined."""
-    batch, tokens, width = rows.shape
+    weight, norm = block.qkv_mlp.weight, block.qk_norm
     count = batch * tokens
-    gates = len(weight) > qkv
     tiles = triton.cdiv(count, ROWS) * (len(weight) // COLUMNS)
-    processors = _processors(rows.device)
-    programs = min(tiles, processors)
+    programs = min(tiles, _processors(rows.device))
     described = TensorDescriptor.from_tensor
     with torch.cuda.device_of(rows):
         _project[(programs,)](
@@ -142,18 +117,16 @@ def _multiply(
             len(weight),
             width,
             norm.eps,
-            qkv,
             programs,
-            HEADS=qkv > 0,
-            GATES=gates,
             BM=ROWS,
             BN=COLUMNS,
             BK=DEPTH,
-            GROUP=8 if gates else 16,
-            # Loads that run on from tile to tile: not where a tile ends in one of two ways.
-            FLATTEN=qkv == 0,
-            **OPTIONS,
+            GROUP=8,
+            num_warps=8,
+            num_stages=3,
         )
+    q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, K]
+    return q, k, v, joined
 
 
 def _processors(device: torch.device) -> int:
@@ -240,21 +213,17 @@ def _project(
     columns,
     width,
     eps,
-    qkv,
     programs,
-    HEADS: tl.constexpr,
-    GATES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     """Rows [count, width] times w [columns, width] transposed; programs take tiles in turns."""
     tiles_m, tiles_n = tl.cdiv(count, BM), columns // BN
     steps = width // BK
     done = tl.program_id(0) - programs  # counted apart, so that loads may run ahead of stores
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
         at_m, at_n = _place(tile, tiles_m, tiles_n, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
         for step in range(steps):
@@ -263,19 +232,18 @@ def _project(
         done += programs
         at_m, at_n = _place(done, tiles_m, tiles_n, GROUP)
         row, column = at_m * BM, at_n * BN
-        if not HEADS:
-            _store_gated(product, joined, row, width + column // 2, BM, BN)
-        elif column < 2 * width:
+        if column < 2 * width:
             own = weight + 128 * (column >= width).to(tl.int32)
             _store_heads(
                 product, column, heads, own, cos, sin, row, count, tokens, eps, True, BM, BN
             )
-        elif not GATES or column < qkv:
+        elif column < 3 * width:
             _store_heads(
                 product, column, heads, weight, cos, sin, row, count, tokens, eps, False, BM, BN
             )
         else:
-            _store_gated(product, joined, row, width + (column - qkv) // 2, BM, BN)
+            first = width + (column - 3 * width) // 2
+            _store_gated(product, joined, row, first, BM, BN)
 
 
 @triton.jit

@@ -99,11 +99,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (1, 150), (2, 70)])
-@pytest.mark.parametrize("few_rows", [2048, 0], ids=["one product", "two products"])
-def test_single_blocks_are_as_near_to_float32_as_rounding_is(
-    monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, few_rows: int
-) -> None:
-    monkeypatch.setattr(products, "FEW_ROWS", few_rows)
+def test_single_blocks_are_as_near_to_float32_as_rounding_is(batch: int, tokens: int) -> None:
     exact, fused = blocks()
     x, mod, pe = inputs(batch, tokens)
     expected = flux2.single_blocks(exact, x.float(), mod.float(), pe)
@@ -127,7 +123,8 @@ def test_rows_of_one_picture_do_not_depend_on_those_beside_it() -> None:
         together = (q, k, v, joined[..., width:])
         for found, expected in zip(together, (*alone[:3], alone[3][..., width:]), strict=True):
             own = found[number : number + 1]
-            assert torch.equal(own, expected) if IS_HOPPER else torch.allclose(own, expected)
+            # numpy, which multiplies where kernels are interpreted, adds up in another order.
+            assert torch.equal(own, expected) if IS_HOPPER else apart(own, expected.float()) < 0.01
 
 
 def test_only_what_the_tiles_divide_is_taken() -> None:
