@@ -27,6 +27,17 @@ from fluxcore.runtime.triton_kernels import Rope, add_gated, launch, modulated
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """Of a tile of the product, and of what is added to it at once."""
 HEAD_WIDTH = 128
+FEW_ROWS = 2048
+"""Up to so many, q, k, v and the MLP are one product; of more rows, two are faster."""
+OPTIONS = {"num_warps": 8, "num_stages": 3}
+
+
+class Norm(Protocol):
+    """Of queries and keys, each over one head; the weight is of both."""
+
+    weight: Tensor
+    eps: float
+    heads: int
 
 
 class Block(Protocol):
@@ -96,13 +107,29 @@ def projected(block: Block, rows: Tensor, turns: Rope) -> tuple[Tensor, Tensor, 
     joined [B, L, D + M], whose first D columns are left open for what attention gives.
     """
     batch, tokens, width = rows.shape
-    _, mlp_columns = block.sizes
+    qkv_columns, mlp_columns = block.sizes
     heads = rows.new_empty((batch, tokens, 3, block.qk_norm.heads, HEAD_WIDTH))
     joined = rows.new_empty((batch, tokens, width + mlp_columns // 2))
-    weight, norm = block.qkv_mlp.weight, block.qk_norm
+    weight = block.qkv_mlp.weight
+    if batch * tokens <= FEW_ROWS:
+        _multiply(rows, weight, block.qk_norm, turns, heads, joined, qkv_columns)
+    else:
+        _multiply(rows, weight[:qkv_columns], block.qk_norm, turns, heads, joined, qkv_columns)
+        _multiply(rows, weight[qkv_columns:], block.qk_norm, turns, heads, joined, 0)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, K]
+    return q, k, v, joined
+
+
+def _multiply(
+    rows: Tensor, weight: Tensor, norm: Norm, turns: Rope, heads: Tensor, joined: Tensor, qkv: int
+) -> None:
+    """One product; columns up to ``qkv`` go to heads, those behind them to joined."""
+    batch, tokens, width = rows.shape
     count = batch * tokens
+    gates = len(weight) > qkv
     tiles = triton.cdiv(count, ROWS) * (len(weight) // COLUMNS)
-    programs = min(tiles, _processors(rows.device))
+    processors = _processors(rows.device)
+    programs = min(tiles, processors)
     described = TensorDescriptor.from_tensor
     with torch.cuda.device_of(rows):
         _project[(programs,)](
@@ -117,16 +144,18 @@ def projected(block: Block, rows: Tensor, turns: Rope) -> tuple[Tensor, Tensor, 
             len(weight),
             width,
             norm.eps,
+            qkv,
             programs,
+            HEADS=qkv > 0,
+            GATES=gates,
             BM=ROWS,
             BN=COLUMNS,
             BK=DEPTH,
-            GROUP=8,
-            num_warps=8,
-            num_stages=3,
+            GROUP=8 if gates else 16,
+            # Loads that run on from tile to tile: not where a tile ends in one of two ways.
+            FLATTEN=qkv == 0,
+            **OPTIONS,
         )
-    q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, K]
-    return q, k, v, joined
 
 
 def _processors(device: torch.device) -> int:
@@ -213,17 +242,21 @@ def _project(
     columns,
     width,
     eps,
+    qkv,
     programs,
+    HEADS: tl.constexpr,
+    GATES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Rows [count, width] times w [columns, width] transposed; programs take tiles in turns."""
     tiles_m, tiles_n = tl.cdiv(count, BM), columns // BN
     steps = width // BK
     done = tl.program_id(0) - programs  # counted apart, so that loads may run ahead of stores
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
         at_m, at_n = _place(tile, tiles_m, tiles_n, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
         for step in range(steps):
@@ -232,18 +265,19 @@ def _project(
         done += programs
         at_m, at_n = _place(done, tiles_m, tiles_n, GROUP)
         row, column = at_m * BM, at_n * BN
-        if column < 2 * width:
+        if not HEADS:
+            _store_gated(product, joined, row, width + column // 2, BM, BN)
+        elif column < 2 * width:
             own = weight + 128 * (column >= width).to(tl.int32)
             _store_heads(
                 product, column, heads, own, cos, sin, row, count, tokens, eps, True, BM, BN
             )
-        elif column < 3 * width:
+        elif not GATES or column < qkv:
             _store_heads(
                 product, column, heads, weight, cos, sin, row, count, tokens, eps, False, BM, BN
             )
         else:
-            first = width + (column - 3 * width) // 2
-            _store_gated(product, joined, row, first, BM, BN)
+            _store_gated(product, joined, row, width + (column - qkv) // 2, BM, BN)
 
 
 @triton.jit

@@ -99,7 +99,11 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (1, 150), (2, 70)])
-def test_single_blocks_are_as_near_to_float32_as_rounding_is(batch: int, tokens: int) -> None:
+@pytest.mark.parametrize("few_rows", [2048, 0], ids=["one product", "two products"])
+def test_single_blocks_are_as_near_to_float32_as_rounding_is(
+    monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, few_rows: int
+) -> None:
+    monkeypatch.setattr(products, "FEW_ROWS", few_rows)
     exact, fused = blocks()
     x, mod, pe = inputs(batch, tokens)
     expected = flux2.single_blocks(exact, x.float(), mod.float(), pe)
