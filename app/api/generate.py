@@ -61,7 +61,8 @@ def generate_routes(drawing: Drawing) -> APIRouter:
         ``started``, ``step`` (``image_index``, ``step``, ``steps``, ``percent`` of the whole,
         ``eta_s``), ``preview`` (``image_index``, ``step``, ``b64``, ``width``, ``height``,
         ``format``) where ``previews`` are asked for, and last ``completed``, which holds the
-        whole answer, or ``error``.
+        whole answer, or ``error``. Several pictures may be drawn side by side, so that their
+        steps and previews take turns.
         """
         asked = await read_generate(request, drawing.settings, GenerateRequest)
         if asked.stream:

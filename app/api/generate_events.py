@@ -68,13 +68,12 @@ def progress_event(event: JobEvent, start_step: int, pictures: int) -> bytes:
 
 def step_fields(event: StepDone, start_step: int, pictures: int) -> dict[str, Any]:
     """What a step tells; percent is of the denoising of all the job's pictures."""
-    steps = event.steps - start_step
-    done = event.image_index * steps + event.step - start_step
+    wanted = (event.steps - start_step) * pictures
     return {
         "image_index": event.image_index,
         "step": event.step,
         "steps": event.steps,
-        "percent": round(100 * done / (steps * pictures), 1),
+        "percent": round(100 * event.of_all / wanted, 1),
         "eta_s": rounded_s(event.eta_s),
     }
 

@@ -164,8 +164,11 @@ class Pipeline(Protocol):
         Measured where it is not known. 1 where they are better taken one by one.
         """
 
-    def begin_together(self, runs: Sequence[Any]) -> None:
-        """Take a step of several jobs as one; the next slice of each shows it."""
+    def begin_together(self, runs: Sequence[Any]) -> bool:
+        """Take a step of several jobs as one; the next slice of each shows it.
+
+        False where they differ after all, and were left as they are.
+        """
 
     def decode(self, latents: Any, width: int, height: int) -> Image.Image: ...
 

@@ -43,6 +43,7 @@ class StepDone:
     Attributes:
         image_index: which of the job's pictures, from 0.
         step, steps: done and wanted, of this picture.
+        of_all: done so far of all the job's pictures, which may be drawn side by side.
         eta_s: when the whole job should be done, in seconds from now; None if unknown, or if
             nobody was watching.
     """
@@ -50,6 +51,7 @@ class StepDone:
     image_index: int
     step: int
     steps: int
+    of_all: int
     eta_s: float | None
 
 

@@ -55,10 +55,26 @@ class Flight:
         self._job = job
         self._scheduler = scheduler
         self._metrics = metrics
+        self._pipeline = pipeline
         self.run = pipeline.run(job.params)
         self._previewer = Previewer(job, pipeline)
         self.result: Result | None = None
         self.times = FlightTimes()
+        # The steps that each picture has come to.
+        self._steps: dict[int, int] = {}
+
+    def share(self, count: int) -> float:
+        """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
+
+        A trial that this takes is a part of the job's own time.
+        """
+        began_s = time.monotonic()
+        try:
+            return self._pipeline.share(self.run, count)
+        finally:
+            took_s = time.monotonic() - began_s
+            self.times.own_s += took_s
+            self._account("trial", "trial", took_s)
 
     def advance(self, joint_s: float = 0.0, jobs: int = 1) -> list[PreviewPicture]:
         """Run one slice, and the previews that are due after it. Raises what the pipeline does.
@@ -92,7 +108,9 @@ class Flight:
     def _tell(self, done: Slice) -> None:
         # Between two steps the device waits. Whoever comes to watch later is told of its own.
         eta_s = self._job.eta_s() if self._job.events.is_watched else None
-        self._job.events.emit(StepDone(done.image_index, done.step, done.steps, eta_s))
+        self._steps[done.image_index] = done.step - self._job.resolved.start_step
+        of_all = sum(self._steps.values())
+        self._job.events.emit(StepDone(done.image_index, done.step, done.steps, of_all, eta_s))
 
     def _preview_after(self, done: Slice) -> Iterator[PreviewPicture]:
         began_s = time.monotonic()

@@ -32,7 +32,8 @@ def likeness(params: GenerationParams, resolved: Resolved) -> Hashable | None:
     return (
         (resolved.width, resolved.height),
         tuple(fitted_size(picture) for picture in params.references),
-        (params.schedule, resolved.steps, resolved.start_step),
+        (params.schedule, params.power_alpha if params.schedule == "power" else None),
+        (resolved.steps, resolved.start_step),
         resolved.guidance is None,
     )
 
@@ -59,16 +60,23 @@ class Joining:
         return 1.0 if count == 1 else self._shares.get((kind, count), HOPED_SHARE)
 
     def best(self, kind: Hashable, alike: int, jobs: int) -> int:
-        """How many of the jobs that are alike to join, all jobs there are being as long.
+        """How many of the jobs that are alike to join now, all jobs there are being as long.
 
         Args:
-            alike: those that could be.
+            alike: those that could be, and later what is left of them.
             jobs: all there are, these among them.
         """
 
-        def waits(count: int) -> float:
-            """The sum of all jobs' times until they are done, in units of one job's work."""
-            after = jobs - count
-            return jobs * count * self.share(kind, count) + after * (after + 1) / 2
-
-        return min((1, *(c for c in COUNTS if c <= alike)), key=waits)
+        others = jobs - alike
+        # The least sum of all jobs' times until they are done, in units of one job's work, by how
+        # many are left of those that could be joined; and how many to join first.
+        waits, best = [others * (others + 1) / 2], 1
+        for left in range(1, alike + 1):
+            found = {
+                count: (others + left) * count * self.share(kind, count) + waits[left - count]
+                for count in (1, *COUNTS)
+                if count <= left
+            }
+            best = min(found, key=lambda count: found[count])
+            waits.append(found[best])
+        return best

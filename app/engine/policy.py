@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from app.engine.costs import CostModel, WorkLeft
 from app.engine.jobs import Job, Priority
@@ -121,7 +122,7 @@ class Policy:
             return None
         if len(startable) + len(active) == 1:
             return self._oldest
-        if self._claim_s >= self.costs.estimate_s(self._oldest.left.next_unit):
+        if self._is_owed(self._oldest):
             return self._oldest
         running = min(active, key=lambda entry: self.key(entry, now_s), default=None)
         best = min(startable, key=lambda entry: self.key(entry, now_s), default=None)
@@ -141,26 +142,29 @@ class Policy:
     ) -> list[Entry]:
         """Jobs whose steps are better taken with the chosen one's, in their order.
 
-        Some of them may still have to be brought to where the chosen one stands.
+        Some of them may still have to be brought to where the chosen one stands; it waits for
+        none while it has a claim to the device, so that it does not do so without end.
 
         Args:
-            may_start: how many more may be in flight.
+            may_start: how many more may be in flight. One place is left for who is shorter.
         """
         if chosen.likeness is None or not chosen.left.steps:
             return []
+        is_at_start = chosen.left.steps == chosen.left.all_steps
+        waits = is_at_start and not self._is_owed(chosen)
 
         def is_beside(entry: Entry) -> bool:
             return entry.is_active and entry.left.steps == chosen.left.steps
 
         def may_come(entry: Entry) -> bool:
-            is_at_start = chosen.left.steps == chosen.left.all_steps
-            return is_beside(entry) or (is_at_start and entry.left.steps is None)
+            return is_beside(entry) or (waits and entry.left.steps is None)
 
         def first(entry: Entry) -> tuple[bool, bool, Key]:
             return not is_beside(entry), not entry.is_active, self.key(entry, now_s)
 
         lead_s = self.shares.lead_s(chosen.job.options.client) + self.remaining_s(chosen)
-        entries = (*active, *sorted(waiting, key=lambda e: self.key(e, now_s))[:may_start])
+        places = may_start - 1 if waits else 0
+        entries = (*active, *nsmallest(places, waiting, key=lambda e: self.key(e, now_s)))
         alike = [
             entry
             for entry in entries
@@ -223,6 +227,11 @@ class Policy:
         self.costs.observe(entry.left.unit(stage), took_s)
         entry.left.done(stage)
         entry.estimate_version = -1
+
+    def _is_owed(self, entry: Entry) -> bool:
+        """Whether a job is the oldest and has had less than its share."""
+        next_s = self.costs.estimate_s(entry.left.next_unit)
+        return entry is self._oldest and self._claim_s >= next_s
 
     def _gives_way(self, running: Entry, other: Entry, now_s: float, *, is_nested: bool) -> bool:
         rank, weighed_s, _ = self.key(running, now_s)

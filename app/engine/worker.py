@@ -228,31 +228,44 @@ class Worker:
 
     def _end(self, job: Job, reason: ServiceError) -> None:
         """Abandon a job, whether it has begun or not."""
-        flight = self._flights.pop(job, None)
-        if flight is not None:
-            try:
-                flight.close()
-            except Exception:
-                # Whatever a run does as it is abandoned, the next job must be served.
-                logger.exception("a job that was given up failed as it was closed")
-        if flight is not None or job in self._scheduler.active:
+        if self._close(job) or job in self._scheduler.active:
             self._scheduler.finished(job)
         self._on_failed(job, reason)
 
+    def _close(self, job: Job) -> bool:
+        """Let go of a job's run, and of all that it holds. False where it has none."""
+        flight = self._flights.pop(job, None)
+        if flight is None:
+            return False
+        try:
+            flight.close()
+        except Exception:
+            # Whatever a run does as it is abandoned, the next job must be served.
+            logger.exception("a job that was given up failed as it was closed")
+        return True
+
     def _advance(self, job: Job, beside: tuple[Job, ...]) -> None:
         """Run one slice of a job, or of several as one; answer those that end by it."""
-        jobs, joint_s = (job, *beside), 0.0
-        if beside:
+        jobs, joint_s, joined = (job, *beside), 0.0, 1
+
+        def begin_together() -> None:
+            nonlocal joint_s, joined
             began_s = time.monotonic()
-            ending = self._attempt(job, partial(self._begin_together, jobs), slices=len(jobs))
+            if self._loaded.begin_together([self._flights[one].run for one in jobs]):
+                joint_s, joined = time.monotonic() - began_s, len(jobs)
+                # What the trial told no longer holds where memory was full.
+                share = self._loaded.share(self._flights[job].run, joined)
+                self._scheduler.learned(job, joined, share)
+
+        if beside:
+            ending = self._attempt(job, begin_together, slices=len(jobs))
             if ending is not None:
                 for one in jobs:
                     self._settle(one, ending)
                 return
-            joint_s = time.monotonic() - began_s
         for one in jobs:
             token = telemetry.request_id.set(one.request_id)
-            ending = self._attempt(one, partial(self._slice, one, joint_s, len(jobs)))
+            ending = self._attempt(one, partial(self._slice, one, joint_s, joined))
             if ending is not None:
                 self._settle(one, ending)
             telemetry.request_id.reset(token)
@@ -261,17 +274,11 @@ class Worker:
         """Find out whether steps of so many jobs like this one are better taken as one."""
 
         def measure() -> None:
-            share = self._loaded.share(self._flights[job].run, count)
-            self._scheduler.learned(job, count, share)
+            self._scheduler.learned(job, count, self._flights[job].share(count))
 
-        began_s = time.monotonic()
         ending = self._attempt(job, measure)
-        self._metrics.sliced("trial", time.monotonic() - began_s)
         if ending is not None:
             self._settle(job, ending)
-
-    def _begin_together(self, jobs: tuple[Job, ...]) -> None:
-        self._loaded.begin_together([self._flights[job].run for job in jobs])
 
     def _slice(self, job: Job, joint_s: float, jobs: int) -> bool:
         """One slice of a job. Whether it was the last; its pictures are then on their way."""
@@ -313,7 +320,7 @@ class Worker:
 
     def _settle(self, job: Job, ending: _Ending) -> None:
         """The device is done with a job. Called where no traceback holds its tensors any more."""
-        self._flights.pop(job, None)
+        self._close(job)
         if ending.is_out_of_memory:
             self._loaded.runtime.release_memory()
         if ending.failure is None or ending.is_fault:

@@ -34,6 +34,8 @@ LEAST_GAIN = 0.05
 """Share of the time that must be saved."""
 LONGEST_TRIED_S = 0.1
 """A call that takes longer keeps the units busy, and a trial of it would keep jobs waiting."""
+LONGEST_FIRST_S = 1.0
+"""The same of the first call of a size, which may have to be prepared."""
 MOST_TOKENS = 8192
 """Of all calls together. Four times as many tokens as a picture of 640x640 has with its text."""
 TRIES = 3
@@ -57,7 +59,7 @@ class JointSteps:
         can_join = not runtime.compiles and runtime.residency != "low"
         self._batching: Batching = batching if can_join else "off"
         # What a call takes as one of so many, of what it takes alone; 1 where it is not joined.
-        self._shares: OrderedDict[tuple[torch.Size, torch.Size, int], float] = OrderedDict()
+        self._shares: OrderedDict[tuple[torch.Size, torch.Size, int, int], float] = OrderedDict()
 
     def velocities(self, calls: Sequence[Velocity]) -> list[Tensor]:
         """Answer calls that are alike, together as far as that is known to pay."""
@@ -85,16 +87,27 @@ class JointSteps:
             return 1.0
         return self._shares.get(_key(call, count))
 
+    def taken(self, call: Velocity, count: int) -> float:
+        """Time of so many calls, joined as ``velocities`` does, of that of one alone."""
+        time_of_all = 0.0
+        while count:
+            joined = self.best(call, count)
+            time_of_all += joined * (self.share(call, joined) or 1.0)
+            count -= joined
+        return time_of_all
+
     def is_untried(self, call: Velocity, most: int) -> bool:
         """Whether ``trial`` would tell anything about at most so many calls."""
         return any(self.share(call, count) is None for count in COUNTS if count <= most)
 
     def trial(self, call: Velocity, most: int) -> None:
         """Find out which numbers of calls like this one pay, up to so many."""
-        for count in COUNTS:
-            if count <= most and self.share(call, count) is None:
-                with translated_errors():
-                    share = self._tried(call, count)
+        untried = [count for count in COUNTS if self.share(call, count) is None]
+        wanted = [count for count in untried if count <= most]
+        with translated_errors():
+            is_long = bool(wanted) and self._is_long(call)
+            for count in untried if is_long else wanted:
+                share = 1.0 if is_long else self._tried(call, count)
                 self._keep(call, count, share)
                 logger.info(
                     "%d steps of %d tokens at once: each takes %.2f of one alone%s",
@@ -106,11 +119,13 @@ class JointSteps:
         is_allowed = self._batching != "off" and count in COUNTS
         return is_allowed and count * _tokens(call) <= MOST_TOKENS
 
+    def _is_long(self, call: Velocity) -> bool:
+        """Whether not even a trial of a size would pay."""
+        bounds = (LONGEST_FIRST_S, LONGEST_TRIED_S)
+        return any(self._took_s(lambda: self._velocity_of(*call), tries=1) > s for s in bounds)
+
     def _tried(self, call: Velocity, count: int) -> float:
         """Rows are the call's own, turned, so that no two are equal."""
-        self._velocity_of(*call)
-        if self._took_s(lambda: self._velocity_of(*call), tries=1) > LONGEST_TRIED_S:
-            return 1.0
         rows = [
             call._replace(img=call.img.roll(i, 1), txt=call.txt.roll(i, 1)) for i in range(count)
         ]
@@ -122,7 +137,9 @@ class JointSteps:
             return 1.0
         alone_s = self._took_s(lambda: self._velocity_of(*call))
         share = self._took_s(lambda: self._joined(rows)) / count / alone_s
-        return share if share <= 1 - LEAST_GAIN else 1.0
+        # A share is known by now only if memory was full in one of the tries.
+        is_full = self.share(call, count) is not None
+        return 1.0 if is_full else worthwhile(share)
 
     def _took_s(self, work: Callable[[], object], tries: int = TRIES) -> float:
         """The least of some tries: what else the machine does only makes them longer."""
@@ -159,8 +176,14 @@ class JointSteps:
             self._shares.popitem(last=False)
 
 
-def _key(call: Velocity, count: int) -> tuple[torch.Size, torch.Size, int]:
-    return call.img.shape, call.txt.shape, count
+def worthwhile(share: float) -> float:
+    """A share of the time, or 1 where it saves too little."""
+    return share if share <= 1 - LEAST_GAIN else 1.0
+
+
+def _key(call: Velocity, count: int) -> tuple[torch.Size, torch.Size, int, int]:
+    """All that decides which products of which sizes are computed."""
+    return call.img.shape, call.txt.shape, call.tokens, count
 
 
 def _tokens(call: Velocity) -> int:

@@ -341,12 +341,15 @@ class FluxPipeline:
         run.try_joining(count)
         return run.share(count)
 
-    def begin_together(self, runs: Sequence[Run]) -> None:
+    def begin_together(self, runs: Sequence[Run]) -> bool:
         """Take one step of several jobs of one size and schedule, all at the same step, as one.
 
-        The next slice of each shows it. Jobs that are not alike are left as they are.
+        The next slice of each shows it.
+
+        Returns:
+            False where they are not alike, and were left as they are.
         """
-        begin_together(runs)
+        return begin_together(runs)
 
     def generate(
         self,

@@ -17,8 +17,9 @@ import torch
 from fluxcore.errors import DeviceFaultError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning
-from fluxcore.pipeline.denoise import DenoiseStep, Denoising, step_together
+from fluxcore.pipeline.denoise import DenoiseStep, Denoising, Velocity, step_together
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
+from fluxcore.pipeline.joint_steps import worthwhile
 from fluxcore.pipeline.result import GenerationResult, Progress, Stage
 from fluxcore.runtime import StageTimes, translated_errors
 
@@ -56,20 +57,22 @@ def begin_ahead(runs: Sequence[Run]) -> None:
                 run.begun.append(Begun(list(islice(steps, len(own))), wait))
 
 
-def begin_together(runs: Sequence[Run]) -> None:
+def begin_together(runs: Sequence[Run]) -> bool:
     """Take one step of several jobs as one and wait for it; the next slice of each shows it.
 
-    Jobs that are not alike are left as they are: each takes its own.
+    Returns:
+        False where they are not alike, and were left as they are: each takes its own.
     """
     began_s = time.perf_counter()
     with torch.inference_mode(), translated_errors():
         are_alike = len({(run.ready()[0].alike, len(run.begun)) for run in runs}) == 1
     if not are_alike:
-        return
+        return False
     begin_ahead(runs)
     runs[0].begun[0].wait()
     for run in runs:
         run.times.add("denoise", time.perf_counter() - began_s)
+    return True
 
 
 class Run(Iterator[Progress]):
@@ -95,6 +98,10 @@ class Run(Iterator[Progress]):
         self._images: list[Image.Image] = []
         # Those in the making, side by side.
         self._pictures: list[Denoising] = []
+        # One that was begun to see what its calls are like, and the first of these: all others
+        # of the job have its size.
+        self._next: Denoising | None = None
+        self._like: Velocity | None = None
         self._slices = self._work()
 
     def __next__(self) -> Progress:
@@ -104,16 +111,18 @@ class Run(Iterator[Progress]):
         """Abandon the job."""
         self._slices.close()
         self._pictures.clear()
+        self._next = self._like = None
         self.begun.clear()
 
     def ready(self) -> list[Denoising]:
         """The pictures whose steps come next. Only once prompt and references are encoded."""
         if not self._pictures:
             first, wanted = len(self._images), len(self._job.params.seeds)
-            picture = self._denoising(first)
-            most = picture.passes * (wanted - first)
-            count = self.pipe.joint.best(picture.calls()[0], most) // picture.passes
+            call = self._call()
+            most = self._passes * (wanted - first)
+            count = self.pipe.joint.best(call, most) // self._passes
             more = range(first + 1, first + count)
+            picture, self._next = self._next or self._denoising(first), None
             self._pictures = [picture, *(self._denoising(index) for index in more)]
         return self._pictures
 
@@ -123,26 +132,25 @@ class Run(Iterator[Progress]):
         Returns:
             False where that was known.
         """
-        joint = self.pipe.joint
+        joint, most = self.pipe.joint, self._passes * count
         with torch.inference_mode(), translated_errors():
-            picture = self._denoising(len(self._images))
-            call, most = picture.calls()[0], picture.passes * count
+            call = self._call()
             if not joint.is_untried(call, most):
                 return False
+            began_s = time.perf_counter()
             joint.trial(call, most)
-            return True
+        self.times.add("trial", time.perf_counter() - began_s)
+        return True
 
     def share(self, count: int) -> float:
         """Time of one of so many pictures like this one, drawn together, of its time alone.
 
         1 where it is not known to be less.
         """
-        joint = self.pipe.joint
+        joint, passes = self.pipe.joint, self._passes
         with torch.inference_mode(), translated_errors():
-            picture = self.ready()[0]
-            call = picture.calls()[0]
-        of_all = joint.share(call, count * picture.passes) or 1.0
-        return of_all / (joint.share(call, joint.best(call, picture.passes)) or 1.0)
+            call = self._call()
+        return worthwhile(joint.taken(call, count * passes) / count / joint.taken(call, passes))
 
     def _work(self) -> Generator[Progress, None, GenerationResult]:
         pipe, job, times = self.pipe, self._job, self.times
@@ -163,11 +171,8 @@ class Run(Iterator[Progress]):
             yield self._progress("references")
 
         wanted = len(resolved.seeds)
-        if wanted > 1 or negative is not None:
-            began_s = time.perf_counter()
-            if self.try_joining(wanted):
-                times.add("trial", time.perf_counter() - began_s)
-                yield self._progress("trial")
+        if (wanted > 1 or negative is not None) and self.try_joining(wanted):
+            yield self._progress("trial")
         while len(self._images) < wanted:
             yield from self._draw()
         return GenerationResult(
@@ -233,6 +238,18 @@ class Run(Iterator[Progress]):
 
     def _progress(self, stage: Stage, step: int = 0, image_index: int = 0) -> Progress:
         return Progress(stage, image_index, step, self._job.params.steps)
+
+    @property
+    def _passes(self) -> int:
+        """Calls of the transformer in each step of a picture."""
+        return 1 if self._job.params.guidance is None else 2
+
+    def _call(self) -> Velocity:
+        """A call as every step of this job makes them."""
+        if self._like is None:
+            self._next = self._denoising(len(self._images))
+            self._like = self._next.calls()[0]
+        return self._like
 
     def _denoising(self, index: int) -> Denoising:
         assert self._encoded is not None, "prompt and references come first"

@@ -163,9 +163,9 @@ def test_when_a_job_should_be_done_is_worked_out_for_those_who_watch() -> None:
 def test_what_was_told_last_stays_where_nothing_newer_is_known() -> None:
     log, heard = EventLog(), list[JobEvent]()
     log.emit(Started())
-    log.emit(StepDone(0, 1, 3, 4.0))
+    log.emit(StepDone(0, 1, 3, 1, 4.0))
     log.watch(heard.append)
-    assert heard == [Started(), StepDone(0, 1, 3, 4.0)]
+    assert heard == [Started(), StepDone(0, 1, 3, 1, 4.0)]
 
 
 def test_a_job_that_fails_or_is_cancelled_settles_once() -> None:
@@ -300,7 +300,7 @@ def test_a_watcher_can_stop_even_from_within() -> None:
 
     stop = log.watch(once)
     log.emit(Started())
-    log.emit(StepDone(0, 1, 4, None))
+    log.emit(StepDone(0, 1, 4, 1, None))
     stop()
     assert heard == [Started()]
     assert not log.is_watched

@@ -45,12 +45,14 @@ def heard(*events: JobEvent) -> list[JobEvent]:
 
 
 def test_old_places_and_steps_are_missed_and_the_end_is_not() -> None:
-    steps = [StepDone(image, step, 3, None) for image in (0, 1) for step in (1, 2, 3)]
+    steps = [
+        StepDone(image, step, 3, 3 * image + step, None) for image in (0, 1) for step in (1, 2, 3)
+    ]
     assert heard(Queued(3, None), Queued(2, None), Started(), *steps, Settled()) == [
         Queued(2, None),
         Started(),
-        StepDone(0, 3, 3, None),
-        StepDone(1, 3, 3, None),
+        StepDone(0, 3, 3, 3, None),
+        StepDone(1, 3, 3, 6, None),
         Settled(),
     ]
 
@@ -65,7 +67,8 @@ def test_nothing_is_missed_by_a_reader_who_keeps_up() -> None:
         log = EventLog()
         watch = JobWatch(log.watch)
         found = []
-        for event in (Started(), *(StepDone(0, step, 5, None) for step in range(1, 6)), Settled()):
+        steps = [StepDone(0, step, 5, step, None) for step in range(1, 6)]
+        for event in (Started(), *steps, Settled()):
             log.emit(event)
             found.append(await asyncio.wait_for(watch.next(), 10))
         return found

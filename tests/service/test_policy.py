@@ -20,8 +20,9 @@ from app.engine.admission import (
 from app.engine.costs import CostModel, Unit, WorkLeft
 from app.engine.events import Queued
 from app.engine.jobs import DEFAULT_OPTIONS, Job, JobOptions, Priority
+from app.engine.joining import COUNTS, LIKENESSES_KEPT
 from app.engine.packing import Packing
-from app.engine.policy import OLDEST_LEAD_S, OLDEST_SHARE
+from app.engine.policy import OLDEST_LEAD_S, OLDEST_SHARE, Entry
 from app.engine.scheduler import Scheduler, Turn
 from app.errors import ClientLeftError, JobTimeoutError, QueueFullError, ServiceError
 from fluxcore.params import GenerationParams
@@ -64,6 +65,11 @@ class Device:
     clock: Clock
     noise: Callable[[], float] = lambda: 1.0
     fails: Callable[[Job], bool] = lambda job: False
+    # What a step takes as one of so many, of one alone; how long it takes to find out.
+    shares: dict[int, float] = field(default_factory=dict)
+    trial_s: float = 0.5
+    trials: int = 0
+    joint: list[tuple[Job, ...]] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     ended: dict[Job, tuple[str, float]] = field(default_factory=dict)
     begun: dict[Job, float] = field(default_factory=dict)
@@ -84,12 +90,42 @@ class Device:
         if end is not None:
             self._end(job, end.code)
             return
+        if turn.trial is not None:
+            self._try(job, turn.trial)
+            return
+        jobs = (job, *turn.beside)
+        if turn.beside:
+            self._check_alike(jobs)
+            self.joint.append(jobs)
+        share = self.shares.get(len(jobs), 1.0) if turn.beside else 1.0
+        slices = [self._advance(one, share) for one in jobs]
+        # All end together, and each is then told to the scheduler.
+        self.clock.now_s += sum(took_s for _, took_s in slices)
+        for one, (done, took_s) in zip(jobs, slices, strict=True):
+            self._told(one, done, took_s)
+
+    def _check_alike(self, jobs: tuple[Job, ...]) -> None:
+        assert len(jobs) in COUNTS and len(set(jobs)) == len(jobs)
+        assert len({len(self._left[one]) for one in jobs}) == 1, "at different steps"
+        assert {self._left[one][0].stage for one in jobs} == {"denoise"}
+        assert len({one.resolved.width for one in jobs}) == 1
+        assert len({one.options.priority for one in jobs}) == 1
+        for one in jobs:
+            assert one not in self.ended and one in self.scheduler.active
+
+    def _try(self, job: Job, count: int) -> None:
+        self.trials += 1
+        self.clock.now_s += self.trial_s
+        self.scheduler.learned(job, count, self.shares.get(count, 1.0))
+
+    def _advance(self, job: Job, share: float) -> tuple[FakeSlice, float]:
         if job not in self._left:
             self._left[job] = list(slices_of(job.resolved))
             self.begun[job] = self.clock.now_s
         done = self._left[job].pop(0)
-        took_s = cost_s(job, done) * self.noise()
-        self.clock.now_s += took_s
+        return done, cost_s(job, done) * self.noise() * share
+
+    def _told(self, job: Job, done: FakeSlice, took_s: float) -> None:
         self.trace.append(job.request_id)
         if self.fails(job):
             self._end(job, "failed")
@@ -109,10 +145,17 @@ class Device:
             self.scheduler.finished(job)
 
 
-def device(limits: Limits | None = None, *, is_measured: bool = True) -> Device:
+def device(
+    limits: Limits | None = None,
+    *,
+    is_measured: bool = True,
+    shares: dict[int, float] | None = None,
+) -> Device:
     clock = Clock()
     # The one below runs first and is forgotten, so that all costs are known.
-    made = Device(Scheduler(limits or Limits(jobs=1000, work_s=1e6), clock), clock)
+    limits = limits or Limits(jobs=1000, work_s=1e6)
+    scheduler = Scheduler(limits, clock, joins=shares is not None)
+    made = Device(scheduler, clock, shares=shares or {})
     if is_measured:
         for side in STEP_S:
             made.scheduler.admit(make("measured", side))
@@ -598,37 +641,61 @@ class Oracle:
         assert len(waiting) <= 1 or pixels <= self.limits.pixels
 
     def judge(self, turn: Turn) -> None:
-        """The chosen job is the oldest, or nobody stands clearly before it."""
+        """The chosen job is the oldest, or nobody stands clearly before it.
+
+        Or it is fetched for one of which that holds, to take its steps with it.
+        """
         scheduler = self.made.scheduler
-        if turn.end is not None:
+        if turn.end is not None or turn.trial is not None:
             return
         entries = {**scheduler._active, **scheduler._waiting}
-        chosen = entries[turn.job]
-        is_full = scheduler.in_flight >= self.limits.in_flight
-        rivals = [
+        served = entries[turn.job]
+        fetched_for = [
             entry
-            for job, entry in entries.items()
-            if job is not turn.job and (entry.is_active or not is_full)
+            for entry in scheduler._active.values()
+            if served.left.steps is None
+            and entry.left.steps == entry.left.all_steps
+            and (entry.likeness, entry.job.options.priority)
+            == (served.likeness, served.job.options.priority)
+            and served.likeness is not None
         ]
+        is_full = scheduler.in_flight >= self.limits.in_flight
+        in_play = [entry for entry in entries.values() if entry.is_active or not is_full]
+        assert any(self._may_go(entry, in_play) for entry in (served, *fetched_for))
+
+    def _may_go(self, chosen: Entry, in_play: list[Entry]) -> bool:
+        rivals = [entry for entry in in_play if entry is not chosen]
         if all(chosen.sequence < rival.sequence for rival in rivals):
-            return
+            return True
         rank = list(Priority).index
-        own = rank(turn.job.options.priority)
-        policy = scheduler._policy
+        own, policy = rank(chosen.job.options.priority), self.made.scheduler._policy
         for rival in rivals:
             other = rank(rival.job.options.priority)
-            assert other >= own, "a worse class goes first"
             # A near deadline is worth more than being short.
-            if other == own and rival.is_active and chosen.deadline_s is None:
-                assert policy.remaining_s(rival) >= policy.remaining_s(chosen) - 1e-9
+            is_comparable = other == own and rival.is_active and chosen.deadline_s is None
+            is_shorter = policy.remaining_s(rival) < policy.remaining_s(chosen) - 1e-9
+            if other < own or (is_comparable and is_shorter):
+                return False
+        return True
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_thousands_of_jobs_with_cancels_and_failures(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "shares"),
+    [
+        *((seed, None) for seed in range(6)),
+        (6, {2: 0.87, 4: 0.865}),
+        (7, {2: 0.6, 4: 0.4}),
+        (8, {2: 0.75, 4: 1.0}),
+        (9, {2: 0.95, 4: 1.0}),
+    ],
+)
+def test_thousands_of_jobs_with_cancels_and_failures(
+    seed: int, shares: dict[int, float] | None
+) -> None:
     """No loss, no duplicate, no starvation, order by policy, memory bounded."""
     chance = random.Random(seed)
     limits = Limits(jobs=24, pixels=20_000_000, work_s=300.0, in_flight=4)
-    made = device(limits)
+    made = device(limits, shares=shares)
     made.noise = lambda: chance.uniform(0.7, 1.4)
     made.fails = lambda job: chance.random() < 0.004
     oracle = Oracle(made, limits)
@@ -678,6 +745,8 @@ def test_thousands_of_jobs_with_cancels_and_failures(seed: int) -> None:
         made.take(turn)
 
     assert refusals > 20
+    assert (shares is None) == (not made.joint)
+    assert len(made.scheduler._policy.joining._shares) <= LIKENESSES_KEPT * len(COUNTS)
     assert set(made.ended) | removed == set(accepted)
     assert not set(made.ended) & removed
     assert made.scheduler.depth == made.scheduler.in_flight == 0
@@ -692,6 +761,79 @@ def test_thousands_of_jobs_with_cancels_and_failures(seed: int) -> None:
         # While it is the oldest it has its share; before, those accepted earlier had theirs.
         slack_s = (OLDEST_LEAD_S + 6.0) / OLDEST_SHARE + limits.in_flight * 210.0
         assert when_s - accepted[job] <= 1.4 * ahead_s[job] / OLDEST_SHARE + slack_s
+
+
+@pytest.mark.parametrize("shares", [{2: 0.87, 4: 1.0}, {2: 0.87, 4: 0.5}, {2: 1.0, 4: 1.0}])
+def test_saturation_is_drawn_in_as_much_less_time_as_the_shares_promise(
+    shares: dict[int, float],
+) -> None:
+    took_s = {}
+    for joins in (False, True):
+        made = device(shares=shares if joins else None)
+        for i in range(100):
+            made.scheduler.admit(make(f"job {i}", 256))
+        began_s = made.clock.now_s
+        made.run()
+        took_s[joins] = made.clock.now_s - began_s - made.trials * made.trial_s
+        assert made.trials <= len(COUNTS)
+        # In order of arrival, but for those who go together.
+        done = [job.request_id for job in sorted(made.ended, key=lambda j: made.ended[j][1])]
+        places = {name: place for place, name in enumerate(done)}
+        assert all(abs(places[f"job {i}"] - i) < max(COUNTS) for i in range(100))
+    steps_s = 100 * 4 * STEP_S[256]
+    saved = (took_s[False] - took_s[True]) / steps_s
+    most = 1 - min(shares.values())
+    # The last few are too few to be joined.
+    assert 0.9 * most <= saved <= most + 1e-9
+
+
+def test_a_client_with_few_jobs_is_not_held_up_by_those_of_another_that_go_together() -> None:
+    slowest_s = {}
+    for shares in (None, {2: 0.87, 4: 0.865}):
+        made = device(shares=shares)
+        for i in range(100):
+            made.scheduler.admit(make(f"flood {i}", 256, client="flood"))
+        for _ in range(50):
+            made.step()
+        few = [make(f"few {i}", 256, client="few") for i in range(3)]
+        accepted_s = made.clock.now_s
+        for job in few:
+            made.scheduler.admit(job)
+        made.run()
+        slowest_s[shares is None] = max(made.ended[job][1] for job in few) - accepted_s
+    assert slowest_s[False] <= slowest_s[True] + 2 * work_s(make(side=256))
+
+
+def test_jobs_that_keep_coming_and_going_do_not_hold_up_the_one_that_waits_for_them() -> None:
+    """Each is fetched to go along, and is gone once its prompt is encoded."""
+    made = device(shares={2: 0.5, 4: 0.5})
+    patient = make("patient", 256)
+    made.scheduler.admit(patient)
+    made.step()
+    for i in range(4):
+        made.scheduler.admit(make(f"behind {i}", 512))
+    for number in range(2000):
+        if patient in made.ended:
+            break
+        coming = make(f"coming {number}", 256)
+        made.scheduler.admit(coming)
+        made.step()
+        coming.cancel(ClientLeftError("gone"))
+        made.scheduler.remove(coming)
+    assert made.ended[patient][0] == "completed"
+
+
+def test_a_place_is_left_for_a_shorter_job() -> None:
+    made = device(Limits(jobs=100, work_s=1e6, in_flight=3), shares={2: 0.5, 4: 0.5})
+    for i in range(8):
+        made.scheduler.admit(make(f"job {i}", 256, steps=20))
+    for _ in range(12):
+        made.step()
+    assert made.joint and len(made.scheduler.active) == 2
+    urgent = make("urgent", 256, steps=1, priority=Priority.INTERACTIVE)
+    made.scheduler.admit(urgent)
+    made.step()
+    assert made.trace[-1] == "urgent"
 
 
 def test_closing_hands_back_what_waits_and_lets_the_rest_end() -> None:

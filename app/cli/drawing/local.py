@@ -137,7 +137,7 @@ class LocalArtist:
 
     def _watched(self, job: Job, news: SimpleQueue[JobEvent], watcher: Watcher) -> JobOutcome:
         pictures = len(job.resolved.seeds)
-        span = job.resolved.steps - job.resolved.start_step
+        wanted = pictures * (job.resolved.steps - job.resolved.start_step)
         while True:
             match event := news.get():
                 case Queued():
@@ -145,9 +145,8 @@ class LocalArtist:
                 case Started():
                     watcher.show("reading the prompt")
                 case StepDone():
-                    done = event.image_index * span + event.step - job.resolved.start_step
                     note = step_note(event.image_index, pictures, event.step, event.steps)
-                    watcher.show("drawing", done / (span * pictures), event.eta_s, note)
+                    watcher.show("drawing", event.of_all / wanted, event.eta_s, note)
                 case Preview():
                     watcher.preview(event.image_index, event.picture.data)
                 case Settled():
