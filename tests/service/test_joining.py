@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from PIL import Image
 
-from app.engine import Packing, worker
+from app.engine import Packing, flight, worker
 from app.engine.costs import Unit, WorkLeft
 from app.engine.events import StepDone
-from app.engine.jobs import Priority
+from app.engine.flight import Flight
+from app.engine.jobs import Job, Priority
 from app.engine.joining import COUNTS, LIKENESSES_KEPT, Joining, likeness
 from app.engine.policy import Entry, Policy
 from app.errors import ClientLeftError
+from app.main import pipeline_loader
+from app.metrics import Metrics
 from app.telemetry import configure_logging
+from fluxcore import FluxPipeline
 from fluxcore.errors import DeviceFaultError, OutOfMemoryError
 from fluxcore.params import GenerationParams
-from tests.service.conftest import Live, StartLive, wait_until
+from fluxcore.pipeline.joint_steps import JointSteps
+from tests.service.conftest import Live, StartLive, settings_for_tests, wait_until
 from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice
 from tests.service.test_policy import make
 
@@ -529,3 +537,78 @@ def test_a_joint_step_may_take_as_long_as_all_of_its_steps(
     assert live.engine._worker.is_stalled
     pipeline.holding.set()
     answers(later)
+
+
+@dataclass
+class Ledger:
+    """Stands in for the scheduler: what each slice was said to have taken."""
+
+    told: list[tuple[str, float]] = field(default_factory=list)
+
+    def slice_done(self, job: Job, stage: str, took_s: float) -> None:
+        self.told.append((stage, took_s))
+
+
+def test_a_job_is_charged_its_part_of_a_joint_step_and_each_picture_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a client would pay for its neighbours, and a step would seem to take longer."""
+    now = iter(range(100))
+    monkeypatch.setattr(flight, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    ledger, metrics = Ledger(), Metrics()
+    one = Flight(make("one"), JointPipeline(), ledger, metrics)  # type: ignore[arg-type]
+    one.advance()
+    one.advance(joint_s=8.0, jobs=4)
+    # A second passes from the beginning to the end of a slice.
+    assert ledger.told == [("text", 1.0), ("denoise", 8.0 / 4 + 1.0)]
+    assert one.times.own_s >= 8.0
+    ledger.told.clear()
+    two = Flight(make("two", n=2), SideBySide(), ledger, metrics)  # type: ignore[arg-type]
+    two.advance()
+    assert ledger.told == [("denoise", 0.5)] * 2
+
+
+# --- the bundled model -------------------------------------------------------
+
+
+@pytest.mark.parametrize("batching", ["exact", "fast"])
+def test_clients_that_come_at_once_each_get_their_own_picture(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    def took_s(_: JointSteps, work: Callable[[], object], tries: int = 3) -> float:
+        """Work takes the less, the later it is asked for: joint steps are tried last."""
+        work()
+        durations.append(0.5 * durations[-1])
+        return durations[-1]
+
+    durations, go_on = [0.1], threading.Event()
+    encode_text = FluxPipeline.encode_text
+
+    def waiting(pipe: FluxPipeline, job: Any) -> Any:
+        assert go_on.wait(60)
+        return encode_text(pipe, job)
+
+    monkeypatch.setattr(JointSteps, "_took_s", took_s)
+    monkeypatch.setattr(FluxPipeline, "encode_text", waiting)
+    settings = {"device": "cpu", "batching": batching}
+    made = settings_for_tests(**settings)
+    live = start_live(load=pipeline_loader(None, made), settings=settings)
+    asked = {"width": 64, "height": 64, "steps": 3}
+
+    def picture(answer: httpx2.Response) -> Any:
+        assert answer.status_code == 200
+        data = base64.b64decode(answer.json()["images"][0]["b64"])
+        return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+    later = [live.generate_later("a red circle", seed=seed, **asked) for seed in range(6)]
+    wait_until(lambda: live.depth == 5)
+    go_on.set()
+    together = [picture(answer) for answer in answers(later)]
+    joint = figure(live, "fluxd_joint_steps_total")
+    alone = [picture(live.generate("a red circle", seed=seed, **asked)) for seed in range(6)]
+    assert figure(live, "fluxd_joint_steps_total") == joint
+    assert joint > 0 or batching == "exact"
+    for seed, found in enumerate(together):
+        apart = [abs(found - other).max() for other in alone]
+        assert apart[seed] == 0 if batching == "exact" else apart[seed] <= 2
+        assert all(apart[seed] < other for i, other in enumerate(apart) if i != seed)

@@ -417,9 +417,11 @@ def test_a_trial_that_fills_the_memory_says_no(
             return plain(work, tries)
 
         device.took_s = took_s  # type: ignore[method-assign]
-    assert len(pixels(pipe.generate(params(n=2)))) == 2
+    work = pipe.run(params(n=2))
+    assert [next(work).stage for _ in range(2)] == ["text", "trial"]
     assert released
     assert shares_of(pipe)[2] == 1.0
+    assert len(finish(work).images) == 2  # type: ignore[arg-type]
 
 
 def test_a_picture_that_does_not_even_fit_alone_ends_the_job(
