@@ -108,7 +108,7 @@ class Qwen3Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.embedding: nn.Module = nn.Embedding(config.vocabulary, config.width)
+        self.embedding: nn.Module = _embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Qwen3Layer(config, kernels) for _ in range(config.used_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
 
@@ -129,6 +129,18 @@ class Qwen3Encoder(nn.Module):
         if self.final_norm is not None:
             states[-1] = self.final_norm(x)
         return torch.cat(states, dim=-1)  # [B, L, 3 D]
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """As PyTorch makes one, but for the start values of a tensor without memory.
+
+    To draw those, on the meta device, it would import its compiler: 3 s of every start.
+    """
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+    return made
 
 
 def causal_mask(length: int, token_count: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,14 @@ assert "diffusers" not in sys.modules
 assert "transformers" not in sys.modules
 """
 
+DRAWING = """
+import sys
+from fluxcore import FluxPipeline, GenerationParams
+pipe = FluxPipeline.load(sys.argv[1], device="cpu", dtype="float32")
+pipe.generate(GenerationParams(prompt="a fox", width=64, height=64, steps=1))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
 
 def test_requests_can_be_checked_without_loading_torch() -> None:
     light = "fluxcore fluxcore.version fluxcore.errors fluxcore.params fluxcore.config"
@@ -34,6 +43,11 @@ def test_requests_can_be_checked_without_loading_torch() -> None:
 def test_the_tokenizer_needs_no_torch() -> None:
     check = "import sys, fluxcore.text; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_a_start_does_not_pay_for_the_compiler(tiny_checkpoint: Path) -> None:
+    """Three seconds of imports that a single call on the meta device can bring."""
+    subprocess.run([sys.executable, "-c", DRAWING, str(tiny_checkpoint)], check=True)
 
 
 def test_every_public_name_is_there() -> None:
