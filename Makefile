@@ -5,11 +5,16 @@
 #   VENV    the environment's directory               (default: .venv)
 #   MODEL   checkpoint directory for `make serve`     (default: the bundled one)
 #   ARGS    more arguments for serve and the tests    (make test ARGS="-k schedule")
+#   WORKERS processes that `make test` runs in        (default: 2; 0: in one, as pytest alone)
 
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NODE_CLIENT := tests/service/openai/node
+# A file is one worker's, so that what its tests share is made once. In their own order: the
+# longest come first, and what is left for one worker at the end is short.
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 
 .DEFAULT_GOAL := help
@@ -28,7 +33,7 @@ serve: $(INSTALLED) ## Start the service (MODEL=directory; without: the bundled 
 	exec $(BIN)/fluxd serve $(if $(strip $(MODEL)),--model "$(MODEL)") $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that need no GPU, no network and little time
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-device: $(INSTALLED) ## Run the tests that need a GPU (CUDA or MPS)
 	$(BIN)/python -m pytest -m device $(ARGS)

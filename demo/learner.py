@@ -49,7 +49,8 @@ class Learner(nn.Module):
         start_like_a_deep_encoder(self.text_encoder)
         use_kernels(self.transformer, self.text_encoder)
         self.to(device)
-        self.encoder = deepcopy(self.vae).bfloat16().to(memory_format=torch.channels_last)
+        self.encoder = deepcopy(self.vae).to(encoding_dtype(device))
+        self.encoder.to(memory_format=torch.channels_last)
         self._tables: dict[tuple[int, int, int, int], Rope] = {}
 
     def networks(self) -> tuple[Flux2Transformer, Qwen3Encoder]:
@@ -68,10 +69,11 @@ class Learner(nn.Module):
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         """Shapes: [B, 3, H, W] in [0, 1] -> [B, h w, C]."""
-        pixels = ((pixels * 255).round() / 127.5 - 1).bfloat16()  # rounded as a file would be
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = (pixels * 255).round() / 127.5 - 1  # rounded as a file would be
+        pixels = pixels.to(encoding_dtype(pixels.device), memory_format=torch.channels_last)
         at_a_time = max(1, ENCODED_PIXELS // pixels[0, 0].numel())
-        return torch.cat([pack(self.encoder.encode(part)) for part in pixels.split(at_a_time)])
+        parts = [pack(self.encoder.encode(part)) for part in pixels.split(at_a_time)]
+        return torch.cat(parts).bfloat16()
 
     def text_tokens(self, ids: Tensor, count: Tensor) -> Tensor:
         """Prompts as the transformer takes them. Shapes: [B, L], [B] -> [B, L, D]."""
@@ -175,6 +177,11 @@ def compiled_for(kind: Kind) -> AbstractContextManager[None]:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; many a processor multiplies it five times as slowly as float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
+def encoding_dtype(device: torch.device) -> torch.dtype:
+    """The same choice for the pictures' encoder, whose convolutions differ tenfold."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def start_like_a_diffusion_transformer(network: Flux2Transformer) -> None:

@@ -24,6 +24,11 @@ settings.load_profile("fluxd")
 # wait spin by default, which beside other work made these tests four times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Workers side by side, and what they start, take one core each: two threads that share a core
+# with another worker's two wait for one another at every operation.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Read when Triton is loaded: without a GPU its kernels are interpreted.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

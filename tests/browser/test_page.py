@@ -46,6 +46,12 @@ def draw(page: Page, prompt: str, *, steps: int | None = None, seed: int | None 
     page.keyboard.press("Control+Enter")
 
 
+def make_small(page: Page) -> None:
+    """For jobs of many steps, each of which sends a picture: nobody looks at what they draw."""
+    page.get_by_label("Width in pixels").fill("64")
+    page.get_by_label("Height in pixels").fill("64")
+
+
 def image_of(page: Page, number: int = 0) -> Image.Image:
     """A picture of the gallery, as it is kept."""
     data = page.evaluate(
@@ -342,8 +348,9 @@ def test_a_job_survives_a_reload_and_another_is_cancelled(service: Service, visi
     from playwright.sync_api import expect
 
     page = visit(service.url).open()
-    draw(page, "a yellow star", steps=32)
-    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 32"))
+    make_small(page)
+    draw(page, "a yellow star", steps=16)
+    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 16"))
     (before,) = kept(page)
     page.reload()
     expect(pictures(page)).to_have_count(1)
@@ -363,8 +370,7 @@ def test_more_jobs_than_a_browser_has_connections_all_arrive(service: Service, v
     from playwright.sync_api import expect
 
     page = visit(service.url).open()
-    page.get_by_label("Width in pixels").fill("64")
-    page.get_by_label("Height in pixels").fill("64")
+    make_small(page)
     for number in range(8):
         draw(page, f"a blue circle {number}", steps=1)
     expect(pictures(page)).to_have_count(8)
@@ -375,7 +381,8 @@ def test_a_job_survives_the_end_of_the_service(service: Service, visit: Any) -> 
     from playwright.sync_api import expect
 
     page = visit(service.url).open()
-    draw(page, "an orange arrow", steps=40)
+    make_small(page)
+    draw(page, "an orange arrow", steps=24)
     expect(waiting(page).locator(".standing")).to_contain_text("Step")
     service.stop(kill=True)
     expect(page.locator("#notice")).to_contain_text("does not answer")
