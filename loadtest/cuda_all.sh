@@ -29,6 +29,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 df -h "$work" | tail -1
 timeout "$(left 35)" "$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib \
     -p no:cacheprovider -q -W ignore tests/device tests/unit/test_triton_kernels.py \
+    tests/unit/test_triton_products.py \
     >"$out/tests.log" 2>&1 &
 tests=$!
 timeout "$(left 90)" "$python" -c "

@@ -37,7 +37,7 @@ LONGEST_TRIED_S = 0.1
 LONGEST_FIRST_S = 1.0
 """The same of the first call of a size, which may have to be prepared."""
 MOST_TOKENS = 8192
-"""Of all calls together. Four times as many tokens as a picture of 640x640 has with its text."""
+"""Of all calls together. Four times as many tokens as a picture of 624x624 has with its text."""
 TRIES = 3
 SHAPES_KEPT = 64
 

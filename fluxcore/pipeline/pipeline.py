@@ -25,7 +25,7 @@ from fluxcore.pipeline.denoise import (
     DenoiseStep,
     Denoising,
     Inpainting,
-    step_together,
+    denoise,
 )
 from fluxcore.pipeline.embedding_store import EmbeddingStore
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
@@ -300,10 +300,12 @@ class FluxPipeline:
         """
         if encoded is None:
             encoded = EncodedJob(*self.encode_text(job), self.encode_references(job))
-        picture = self.denoising(job, image_index, encoded)
+        inputs = self._denoise_inputs(job, image_index, encoded)
+        params = job.params
         with translated_errors():
-            while not picture.is_over:
-                yield step_together((picture,), self.joint.velocities)[0]
+            yield from denoise(
+                self.transformer, inputs, params.sigmas, params.start_step, self.joint.velocities
+            )
 
     @torch.inference_mode()
     def denoising(self, job: PreparedJob, image_index: int, encoded: EncodedJob) -> Denoising:

@@ -83,6 +83,7 @@ class Runtime:
         if not self.uses_triton:
             return plain
         from fluxcore.runtime import triton_kernels as fused
+        from fluxcore.runtime import triton_vae as fused_vae
 
         return replace(
             plain,
@@ -92,9 +93,9 @@ class Runtime:
             modulated=fused.modulated,
             joint_heads=fused.joint_heads,
             grouped_heads=fused.grouped_heads,
-            normed=fused.normed,
-            residual_block=fused.residual_block,
-            doubled=fused.doubled,
+            normed=fused_vae.normed,
+            residual_block=fused_vae.residual_block,
+            doubled=fused_vae.doubled,
         )
 
     @property

@@ -13,6 +13,7 @@ turns, tiles in groups that share what the cache holds, an epilogue in halves).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -76,18 +77,21 @@ def single_blocks(blocks: Iterable[Block], x: Tensor, mod: Tensor, pe: Rope) -> 
     shift, factor, gate = mod
     assert gate.numel() == x.shape[-1], "all rows share one noise level"
     blocks = list(blocks)
-    width = x.shape[-1]
     rows = modulated(nn.Identity(), x, shift, factor, blocks[0].eps)
     turns = half_tables(pe)
-    for number, block in enumerate(blocks):
-        q, k, v, joined = projected(block, rows, turns)
-        attended = block.attention(q, k, v, None)  # [B, H, L, K]
-        joined[..., :width].unflatten(-1, (block.qk_norm.heads, -1)).copy_(attended.transpose(1, 2))
-        y = block.out(joined)  # [B, L, D]
-        if number + 1 == len(blocks):
-            return add_gated(x, gate, y)
-        x, rows = _added_and_modulated(x, gate, y, shift, factor, blocks[number + 1].eps)
-    return x
+    for block, following in pairwise(blocks):
+        y = _updates(block, rows, turns)
+        x, rows = _added_and_modulated(x, gate, y, shift, factor, following.eps)
+    return add_gated(x, gate, _updates(blocks[-1], rows, turns))
+
+
+def _updates(block: Block, rows: Tensor, turns: Rope) -> Tensor:
+    """What a block adds, before its gate. Shapes: rows [B, L, D], modulated -> [B, L, D]."""
+    q, k, v, joined = projected(block, rows, turns)
+    attended = block.attention(q, k, v, None)  # [B, H, L, K]
+    before = joined[..., : rows.shape[-1]].unflatten(-1, (block.qk_norm.heads, HEAD_WIDTH))
+    before.copy_(attended.transpose(1, 2))
+    return block.out(joined)  # type: ignore[no-any-return]
 
 
 def half_tables(pe: Rope) -> Rope:

@@ -23,6 +23,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a CUDA GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 from fluxcore.runtime import triton_kernels as fused  # noqa: E402
+from fluxcore.runtime import triton_vae as fused_vae  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDS = pytest.mark.skipif(not ON_GPU, reason="fp8 is multiplied by GPUs only")
@@ -103,7 +104,7 @@ def test_group_norms(channels: int, groups: int, silu: bool) -> None:
     # A mean that is large beside the spread: what a difference of squares would lose.
     x = (values(2, channels, 37, 51, dtype=torch.float32) + 50).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last)
-    found = fused.normed(x, norm, silu=silu)
+    found = fused_vae.normed(x, norm, silu=silu)
     # In float64: PyTorch's own norm of float32 is further from it than what is tested.
     expected = vae.normed(x.double(), norm.double(), silu=silu).bfloat16()
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -115,7 +116,7 @@ def test_sums_of_many_parts_are_all_added() -> None:
     x = values(1, 64, 130, 130).contiguous(memory_format=torch.channels_last)
     x[:, :, 100:] += 5  # far behind the first parts
     expected = vae.normed(x.double(), norm.double(), silu=False).bfloat16()
-    assert_near(fused.normed(x, norm.bfloat16(), silu=False), expected)
+    assert_near(fused_vae.normed(x, norm.bfloat16(), silu=False), expected)
 
 
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(32, 32), (64, 32)])
@@ -125,15 +126,15 @@ def test_residual_blocks_of_the_vae(channels_in: int, channels_out: int) -> None
         parameter.data += values(*parameter.shape, seed=number) / 4
     block.requires_grad_(False)
     x = values(2, channels_in, 13, 9).contiguous(memory_format=torch.channels_last)
-    found = fused.residual_block(block, x)
+    found = fused_vae.residual_block(block, x)
     expected = block.float()(x.float()).bfloat16()
     assert torch.linalg.vector_norm(found - expected) < 0.02 * torch.linalg.vector_norm(expected)
 
 
 def test_pixels_doubled() -> None:
     x = values(2, 24, 5, 7).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(fused.doubled(x), vae.doubled(x))
-    assert torch.equal(fused.doubled(x.contiguous()), vae.doubled(x))
+    assert torch.equal(fused_vae.doubled(x), vae.doubled(x))
+    assert torch.equal(fused_vae.doubled(x.contiguous()), vae.doubled(x))
 
 
 def test_gated_updates() -> None:
@@ -144,7 +145,7 @@ def test_gated_updates() -> None:
 def test_what_a_kernel_does_not_take_goes_to_the_plain_form() -> None:
     norm = nn.GroupNorm(2, 24).bfloat16().to(DEVICE)  # 12 channels a group
     x = values(1, 24, 5, 5)
-    assert torch.equal(fused.normed(x, norm), vae.normed(x, norm))
+    assert torch.equal(fused_vae.normed(x, norm), vae.normed(x, norm))
     x, factors = values(2, 5, 64), values(2, 1, 64)  # a noise level for each picture
     assert torch.equal(
         fused.modulated(SAME, x, factors, factors, 1e-6),
@@ -174,11 +175,11 @@ def test_tensors_that_lie_otherwise_in_memory_are_taken_as_they_are() -> None:
         assert_near(found, turned)
     picture = values(2, 32, 6, 5)
     group_norm = nn.GroupNorm(4, 32).bfloat16().to(DEVICE)
-    assert torch.equal(fused.normed(picture, group_norm), vae.normed(picture, group_norm))
+    assert torch.equal(fused_vae.normed(picture, group_norm), vae.normed(picture, group_norm))
     block = vae.ResidualBlock(32, 32, 4, PLAIN).bfloat16().to(DEVICE).requires_grad_(False)
     block.conv1.bias.data += 3
     block.conv2.bias.data += 3
-    assert_near(fused.residual_block(block, picture), block(picture))
+    assert_near(fused_vae.residual_block(block, picture), block(picture))
 
 
 @ROUNDS
