@@ -15,10 +15,9 @@ from fluxcore.fitting import fitted_size
 from fluxcore.params import GenerationParams
 
 COUNTS = (2, 4)
-"""Jobs that are joined."""
+"""Jobs that are joined: as many as calls in ``fluxcore.pipeline.joint_steps``."""
 HOPED_SHARE = 0.85
-"""Time of a joint step a job, of the step alone, below which no device was seen; a trial pays
-only where even that would."""
+"""What is supposed of an untried number: a joint step's time for each job, of a step alone."""
 LIKENESSES_KEPT = 64
 
 
@@ -50,6 +49,10 @@ class Joining:
         self._shares.move_to_end((kind, count))
         if len(self._shares) > LIKENESSES_KEPT * len(COUNTS):
             self._shares.popitem(last=False)
+
+    def may_pay(self, kind: Hashable) -> bool:
+        """Whether any number may be worth joining, as far as is known."""
+        return any(self.share(kind, count) < 1 for count in COUNTS)
 
     def is_untried(self, kind: Hashable, count: int) -> bool:
         """Whether a trial is needed before so many are joined."""

@@ -148,7 +148,8 @@ class Policy:
         Args:
             may_start: how many more may be in flight. One place is left for who is shorter.
         """
-        if chosen.likeness is None or not chosen.left.steps:
+        kind = chosen.likeness
+        if kind is None or not chosen.left.steps or not self.joining.may_pay(kind):
             return []
         is_at_start = chosen.left.steps == chosen.left.all_steps
         waits = is_at_start and not self._is_owed(chosen)
@@ -169,7 +170,7 @@ class Policy:
             entry
             for entry in entries
             if entry is not chosen
-            and entry.likeness == chosen.likeness
+            and entry.likeness == kind
             and entry.job.options.priority == chosen.job.options.priority
             and entry.job.cancelled is None
             # A client that has had more does not go along at the cost of one that has had less.
@@ -177,9 +178,9 @@ class Policy:
             and may_come(entry)
         ]
         jobs = len(waiting) + len(active)
-        count = self.joining.best(chosen.likeness, 1 + len(alike), jobs)
+        count = self.joining.best(kind, 1 + len(alike), jobs)
         company = sorted(alike, key=first)[: count - 1]
-        joint_s = count * self.joining.share(chosen.likeness, count) * self.remaining_s(chosen)
+        joint_s = count * self.joining.share(kind, count) * self.remaining_s(chosen)
         in_time = all(
             entry.deadline_s is None or now_s + joint_s <= entry.deadline_s
             for entry in (chosen, *company)

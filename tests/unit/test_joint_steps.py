@@ -29,6 +29,7 @@ from fluxcore.pipeline.joint_steps import (
 )
 from fluxcore.pipeline.run import Run
 from fluxcore.runtime import Runtime
+from tests.unit.running_ahead import told_ahead
 from tests.unit.test_pipeline import finish, painting, params, pixels
 from tests.unit.test_pipeline_faults import faulty
 
@@ -612,22 +613,9 @@ def test_a_share_can_be_asked_for_at_any_step(
 def test_a_group_is_queued_ahead_and_waited_for_once_a_step(
     pipe: FluxPipeline, joining: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = joining(pipe)
+    joining(pipe)
     pipe.generate(params(n=2, steps=3))
-    told: list[str] = []
-    plain, marks = device.velocity, iter(range(1, 9))
-
-    def velocity(*args: Any) -> Tensor:
-        told.append("begun")
-        return plain(*args)
-
-    def mark(_: Runtime) -> Callable[[], None]:
-        number = next(marks)
-        return lambda: told.append(f"waited for {number}")
-
-    monkeypatch.setattr(pipe, "_velocity_of", velocity)
-    monkeypatch.setattr(Runtime, "runs_ahead", True)
-    monkeypatch.setattr(Runtime, "mark", mark)
+    told = told_ahead(pipe, monkeypatch)
     pipe.generate(params(n=2, steps=3), lambda step, i: told.append(f"shown {i}.{step.index}"))
     assert told == [
         *("begun", "begun", "waited for 1", "shown 0.1", "shown 1.1"),

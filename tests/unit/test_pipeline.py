@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_SEED
 from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress
-from fluxcore.runtime import Runtime
+from tests.unit.running_ahead import told_ahead
 
 Encoded = list[int]
 
@@ -299,20 +299,7 @@ def test_a_gpu_has_the_next_step_before_the_last_one_is_shown(
 ) -> None:
     params = GenerationParams(prompt="a kite", width=64, height=64, steps=3, seed=1)
     expected = pipe.generate(params).images[0].tobytes()
-    told: list[str] = []
-    velocity_of, marks = pipe._velocity_of, iter(range(1, 9))
-
-    def velocity(*args: Any) -> torch.Tensor:
-        told.append("begun")
-        return velocity_of(*args)
-
-    def mark(runtime: Runtime) -> Callable[[], None]:
-        number = next(marks)
-        return lambda: told.append(f"waited for {number}")
-
-    monkeypatch.setattr(pipe, "_velocity_of", velocity)
-    monkeypatch.setattr(Runtime, "runs_ahead", True)
-    monkeypatch.setattr(Runtime, "mark", mark)
+    told = told_ahead(pipe, monkeypatch)
     result = pipe.generate(params, lambda step, _: told.append(f"shown {step.index}"))
     assert told == [
         *("begun", "begun", "waited for 1", "shown 1"),
