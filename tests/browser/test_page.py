@@ -349,8 +349,8 @@ def test_a_job_survives_a_reload_and_another_is_cancelled(service: Service, visi
 
     page = visit(service.url).open()
     make_small(page)
-    draw(page, "a yellow star", steps=16)
-    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 16"))
+    draw(page, "a yellow star", steps=32)
+    expect(waiting(page).locator(".standing")).to_contain_text(re.compile(r"Step \d+ of 32"))
     (before,) = kept(page)
     page.reload()
     expect(pictures(page)).to_have_count(1)
@@ -382,7 +382,7 @@ def test_a_job_survives_the_end_of_the_service(service: Service, visit: Any) -> 
 
     page = visit(service.url).open()
     make_small(page)
-    draw(page, "an orange arrow", steps=24)
+    draw(page, "an orange arrow", steps=48)
     expect(waiting(page).locator(".standing")).to_contain_text("Step")
     service.stop(kill=True)
     expect(page.locator("#notice")).to_contain_text("does not answer")
