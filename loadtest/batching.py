@@ -12,6 +12,7 @@ those of "off". The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import statistics
@@ -57,16 +58,10 @@ def main() -> None:
 
 def _engine(pipe: FluxPipeline, way: Batching) -> Engine:
     """An engine on the one pipeline; only one of them ever has jobs."""
-    steps = JointSteps(lambda *args: pipe._velocity_of(*args), pipe.runtime, way)
-
-    class Way(FluxPipeline):
-        """The same weights with trials of its own."""
-
-        def __init__(self) -> None:
-            self.__dict__ = {**pipe.__dict__, "joint": steps}
-
+    own = copy.copy(pipe)  # the same weights, with trials of its own
+    own.joint = JointSteps(lambda *args: pipe._velocity_of(*args), pipe.runtime, way)
     limits = Limits(jobs=1000, work_s=1e9)
-    engine = Engine(lambda progress: Way(), limits=limits, joins=way != "off")
+    engine = Engine(lambda progress: own, limits=limits, joins=way != "off")
     engine.start()
     while not engine.status().is_ready:
         time.sleep(0.01)
