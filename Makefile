@@ -21,6 +21,9 @@ CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14
 .DELETE_ON_ERROR:
 # The libraries that the tests compare with would otherwise look for models on the network.
 test test-device test-slow: export HF_HUB_OFFLINE = 1
+# Images of containers forbid Python to keep bytecode. Here hundreds of processes start, each of
+# which would compile the program anew, and pytest's rewritten tests twice.
+test test-device test-slow lint: export PYTHONDONTWRITEBYTECODE =
 .PHONY: help install node-client serve test test-device test-slow lint docs format clean
 
 help: ## Show this list
@@ -61,10 +64,16 @@ clean: ## Remove the environment and all caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One call installs all, so that the constraints hold for torch, too: an open
-# range would bring another build of it.
+# range would bring another build of it. The pip that comes with an older Python takes three times
+# as long to find out what fits. It would compile on one core, too, where all of them are here;
+# packages hold files for newer Pythons, which do not compile.
 $(INSTALLED): pyproject.toml constraints.txt fluxcore/version.py | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet 'pip>=26' || \
+		echo "there is no newer pip here: installing takes longer"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile \
 		--constraint constraints.txt --editable '.[test,lint,load]'
+	@$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	@$(MAKE) --no-print-directory node-client
 	@touch $@
 
