@@ -7,12 +7,13 @@ import argparse
 import pytest
 import torch
 
-from demo.batches import Examples, Prompts
+from demo.batches import Prompts
 from demo.distil import StraightLoss, draw_pool
 from demo.learner import Learner
 from demo.run import Run, load
 from demo.steps import Lesson
 from fluxcore.bundled import bundled_model
+from tests.demo.conftest import Few
 
 CPU = torch.device("cpu")
 
@@ -31,9 +32,9 @@ def learner() -> Learner:
 @pytest.fixture(scope="module")
 def pool(learner: Learner) -> list[Lesson]:
     prompts = Prompts(bundled_model() / "tokenizer", 64)
-    examples = Examples(bundled_model() / "tokenizer", 64, 2600, seed=3)
+    examples = Few(bundled_model() / "tokenizer", 64, 0, seed=3)
     batches = iter([examples.make(0, prompts)])
-    asked = argparse.Namespace(pool=4, pool_seconds=1e9, teacher_steps=2, guidance=1.0)
+    asked = argparse.Namespace(pool=2, pool_seconds=1e9, teacher_steps=2, guidance=1.0)
     torch.manual_seed(5)
     return draw_pool(learner, batches, Run(CPU, rank=0, world=1), prompts, asked)
 

@@ -16,7 +16,6 @@ from demo.batches import (
     EDITED_SIZES,
     MIXES,
     OTHER_SIZES,
-    Examples,
     Kind,
     Prompts,
     kind_of,
@@ -33,6 +32,7 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.bundled import bundled_model
 from fluxcore.errors import CheckpointError
 from fluxcore.pipeline.latents import draw_noise
+from tests.demo.conftest import Few
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_references_reach_the_learner_as_they_reach_the_pipeline(learner: Learne
 
 
 def test_the_loss_is_small_on_the_trained_and_large_on_fresh_networks(learner: Learner) -> None:
-    examples = Examples(bundled_model() / "tokenizer", 512, 7000, seed=3)
+    examples = Few(bundled_model() / "tokenizer", 512, 0, seed=3)
     batch = examples.make(1, Prompts(bundled_model() / "tokenizer", 512))
     assert batch.kind == EDIT
     clean, *references = learner.latents(batch)
@@ -89,7 +89,7 @@ def test_a_step_of_training_moves_every_parameter_and_helps(tmp_path: Path) -> N
     torch.manual_seed(1)
     learner = Learner(bundled_model(), CPU)
     networks = learner.networks()
-    examples = Examples(bundled_model() / "tokenizer", 64, 2600, seed=3)
+    examples = Few(bundled_model() / "tokenizer", 64, 0, seed=3)
     batch = examples.make(0, Prompts(bundled_model() / "tokenizer", 64))
     clean, *references = learner.latents(batch)
     lesson = Lesson(batch, clean, tuple(references))
