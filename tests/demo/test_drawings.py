@@ -23,6 +23,8 @@ from tests.demo.looking import colour_at, colours_at, corners, mean_difference, 
 from tests.service.conftest import encode, wait_until
 
 SIZE = 256
+SMALL: dict[str, Any] = {"width": 128, "height": 128}
+"""Half as long to draw, for what the default size need not be seen in each time."""
 CENTER = (0.5, 0.5)
 BOX = (0.3, 0.3, 0.7, 0.7)
 """Around a figure of medium size in the middle: left, top, right, bottom."""
@@ -109,7 +111,7 @@ class TestPrompts:
         first: tuple[float, float],
         second: tuple[float, float],
     ) -> None:
-        picture = drawn(client, f"{prompt} on a white background")
+        picture = drawn(client, f"{prompt} on a white background", **SMALL)
         assert colours_at(picture, first, second) == ["blue", "yellow"]
         assert corners(picture) == {"white"}
 
@@ -118,7 +120,7 @@ class TestPrompts:
         [("top left", 0.2, 0.2), ("bottom right", 0.8, 0.8), ("top", 0.5, 0.2), ("left", 0.2, 0.5)],
     )
     def test_places(self, client: TestClient, place: str, x: float, y: float) -> None:
-        picture = drawn(client, f"a small black circle at the {place} on a cyan background")
+        picture = drawn(client, f"a small black circle at the {place} on a cyan background", **SMALL)
         assert colour_at(picture, x, y) == "black"
         assert colour_at(picture, 1 - x if x != 0.5 else 0.2, 1 - y if y != 0.5 else 0.2) == "cyan"
         assert colour_at(picture, *CENTER) == "cyan"
@@ -126,7 +128,7 @@ class TestPrompts:
 
     def test_sizes_differ_as_asked(self, client: TestClient) -> None:
         shares = [
-            share_of(drawn(client, f"a {size} green circle on a white background"), "green")
+            share_of(drawn(client, f"a {size} green circle on a white background", **SMALL), "green")
             for size in ("small", "medium", "large")
         ]
         assert shares[0] * 1.5 < shares[1] and shares[1] * 1.5 < shares[2], shares
@@ -163,7 +165,7 @@ class TestPrompts:
         assert corners(picture) == {"white"}
 
     def test_seeds_vary_what_was_left_open_and_nothing_else(self, client: TestClient) -> None:
-        words = {"seed": 5, "n": 3}
+        words = {"seed": 5, "n": 3, **SMALL}
         pictures = all_drawn(client, "a large purple heart on a white background", **words)
         assert all(colour_at(picture, *CENTER) == "purple" for picture in pictures)
         assert len({picture.tobytes() for picture in pictures}) == 3
