@@ -120,17 +120,18 @@ class TestPrompts:
         [("top left", 0.2, 0.2), ("bottom right", 0.8, 0.8), ("top", 0.5, 0.2), ("left", 0.2, 0.5)],
     )
     def test_places(self, client: TestClient, place: str, x: float, y: float) -> None:
-        picture = drawn(client, f"a small black circle at the {place} on a cyan background", **SMALL)
+        words = f"a small black circle at the {place} on a cyan background"
+        picture = drawn(client, words, **SMALL)
         assert colour_at(picture, x, y) == "black"
         assert colour_at(picture, 1 - x if x != 0.5 else 0.2, 1 - y if y != 0.5 else 0.2) == "cyan"
         assert colour_at(picture, *CENTER) == "cyan"
         assert 0.02 < share_of(picture, "black") < 0.1
 
     def test_sizes_differ_as_asked(self, client: TestClient) -> None:
-        shares = [
-            share_of(drawn(client, f"a {size} green circle on a white background", **SMALL), "green")
-            for size in ("small", "medium", "large")
-        ]
+        shares = []
+        for size in ("small", "medium", "large"):
+            picture = drawn(client, f"a {size} green circle on a white background", **SMALL)
+            shares.append(share_of(picture, "green"))
         assert shares[0] * 1.5 < shares[1] and shares[1] * 1.5 < shares[2], shares
 
     def test_three_figures_at_their_places(self, client: TestClient) -> None:
