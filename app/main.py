@@ -161,15 +161,19 @@ def create_app(settings: Settings, engine: Engine, kept: Kept | None = None) -> 
     install_error_handlers(app)
     drawing = Drawing(engine, settings)
     names = ModelNames(engine, settings)
-    app.include_router(generate_routes(drawing))
-    app.include_router(image_routes(drawing, links, names))
-    app.include_router(with_heads(model_routes(names)))
-    app.include_router(with_heads(link_routes(links)))
-    app.include_router(with_heads(job_routes(drawing, kept)))
     page = page_files()
-    app.include_router(with_heads(page_routes(page)))
-    app.include_router(with_heads(status_routes(engine, settings, page[INDEX])))
-    app.include_router(with_heads(metrics_routes(engine, engine.metrics, kept)))
+    for router in (
+        generate_routes(drawing),
+        image_routes(drawing, links, names),
+        with_heads(model_routes(names)),
+        with_heads(link_routes(links)),
+        with_heads(job_routes(drawing, kept)),
+        with_heads(page_routes(page)),
+        with_heads(status_routes(engine, settings, page[INDEX])),
+        with_heads(metrics_routes(engine, engine.metrics, kept)),
+    ):
+        # As they are: of a router that is included, each request looks for its route twice.
+        app.router.routes.extend(router.routes)
     describe_guard(app, settings)
     return app
 

@@ -45,6 +45,11 @@ class JobTrace:
                 self._span = span
                 self._inside = trace.set_span_in_context(span)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody gets to see it."""
+        return self._span is not None
+
     def sliced(self, stage: str, took_s: float) -> None:
         """A slice has just ended."""
         if self._span is None or _tracer is None:

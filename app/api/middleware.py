@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -83,4 +83,9 @@ def _identity(sent: str | None) -> str:
     """The client's id if it is a plain word, else a new one."""
     if sent is not None and _SANE_ID.fullmatch(sent):
         return sent
-    return f"req_{uuid.uuid4().hex}"
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return f"req_{secrets.token_hex(16)}"

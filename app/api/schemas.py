@@ -444,6 +444,8 @@ def with_pictures(
 
 def without_pictures(asked: GenerateRequest) -> GenerateRequest:
     """The request once its pictures are decoded: what came need not be held any longer."""
+    if asked.images is None and asked.mask is None:
+        return asked
     return asked.model_copy(update={"images": None, "mask": None})
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from concurrent.futures import Future
 
 from starlette.requests import Request
 
 from app.engine import Engine, Job, JobOutcome
 from app.errors import ClientLeftError, JobTimeoutError
+
+# When it is first looked whether the client is still there. Not at once: the worker's thread is
+# about to begin with the job, and waits for the interpreter as long as this one has work.
+WATCHED_AFTER_S = 0.005
 
 
 async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: float) -> JobOutcome:
@@ -28,17 +31,21 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         if not loop.is_closed():
             loop.call_soon_threadsafe(news.set)
 
+    left: asyncio.Task[None] | None = None
+
+    def watch_client() -> None:
+        nonlocal left
+        left = asyncio.create_task(_client_left(request))
+        left.add_done_callback(lambda _: news.set())
+
     # Not wrapped as a future of the loop's and waited for: each hand-over costs the loop a round.
     job.future.add_done_callback(tell)
-    left = asyncio.create_task(_client_left(request))
-    left.add_done_callback(lambda _: news.set())
+    timers = (loop.call_later(WATCHED_AFTER_S, watch_client), loop.call_later(timeout_s, news.set))
     try:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await news.wait()
+        await news.wait()
         if job.is_settled:
             return job.future.result()
-        if left.done():
+        if left is not None and left.done():
             raise left_error()
         raise timeout_error(timeout_s)
     except (ClientLeftError, JobTimeoutError) as reason:
@@ -49,7 +56,10 @@ async def outcome_of(request: Request, engine: Engine, job: Job, timeout_s: floa
         engine.cancel(job, ClientLeftError("the request was ended before the job was done"))
         raise
     finally:
-        left.cancel()
+        for timer in timers:
+            timer.cancel()
+        if left is not None:
+            left.cancel()
 
 
 def left_error() -> ClientLeftError:

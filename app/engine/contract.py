@@ -113,8 +113,8 @@ class Denoised(Protocol):
 class Slice(Protocol):
     """One slice of a job that is done, after which the job may be abandoned.
 
-    ``denoise_step`` is None in stages other than denoising; with ``has_more``, the same slice
-    took the next picture's step, too.
+    ``denoise_step`` is None in stages other than denoising. With ``has_more``, what comes next
+    takes no work: the next picture's step, which the same slice took, or the result.
     """
 
     @property

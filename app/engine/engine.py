@@ -418,8 +418,9 @@ class Engine:
         def note() -> None:
             # Noted first, so that it is there when the client has its answer.
             self.metrics.completed(len(pictures), timings_ms)
-            times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
-            job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
+            if job.trace.is_recorded:
+                times = {f"fluxd.{name}_ms": ms for name, ms in timings_ms.items()}
+                job.trace.ended("completed", {"fluxd.cache_hit": result.cache_hit, **times})
 
         if not job.complete(outcome, note):
             return None

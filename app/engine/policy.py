@@ -148,8 +148,8 @@ class Policy:
         Args:
             may_start: how many more may be in flight. One place is left for who is shorter.
         """
-        kind = chosen.likeness
-        if kind is None or not chosen.left.steps or not self.joining.may_pay(kind):
+        kind, is_alone = chosen.likeness, len(waiting) + len(active) == 1
+        if is_alone or kind is None or not chosen.left.steps or not self.joining.may_pay(kind):
             return []
         is_at_start = chosen.left.steps == chosen.left.all_steps
         waits = is_at_start and not self._is_owed(chosen)
@@ -215,13 +215,15 @@ class Policy:
     def served(self, entry: Entry, took_s: float) -> None:
         """The device worked for a job that ``choose`` has chosen."""
         self.shares.served(entry.job.options.client, took_s)
-        self._claim_s += OLDEST_SHARE * took_s
+        claim_s = self._claim_s + OLDEST_SHARE * took_s
         if entry is self._oldest:
-            self._claim_s -= took_s
-        most_s = 0.0
-        if self._oldest is not None:
-            most_s = self.costs.estimate_s(self._oldest.left.next_unit)
-        self._claim_s = min(max(self._claim_s, -OLDEST_LEAD_S), max(most_s, OLDEST_LEAD_S))
+            claim_s -= took_s
+        if claim_s > OLDEST_LEAD_S:
+            most_s = 0.0
+            if self._oldest is not None:
+                most_s = self.costs.estimate_s(self._oldest.left.next_unit)
+            claim_s = min(claim_s, max(most_s, OLDEST_LEAD_S))
+        self._claim_s = max(claim_s, -OLDEST_LEAD_S)
 
     def slice_done(self, entry: Entry, stage: str, took_s: float) -> None:
         """A slice was done: the job needs one less, and its cost is known better."""

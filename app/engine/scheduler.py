@@ -164,11 +164,15 @@ class Scheduler:
             self._policy.joining.learned(self._active[job].likeness, count, share)
 
     def expected_s(self, job: Job) -> float | None:
-        """What a job's next slice should take, a preview included; None before any measurement."""
+        """What a job's next slice should take, a preview included.
+
+        None before any measurement, and for a job that is done.
+        """
         with self._changed:
-            costs, left = self._policy.costs, self._active[job].left
-            if not costs.is_measured:
+            costs, entry = self._policy.costs, self._active.get(job)
+            if entry is None or not costs.is_measured:
                 return None
+            left = entry.left
             return costs.estimate_s(left.next_unit) + costs.estimate_s(left.unit("decode"))
 
     def finished(self, job: Job) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import NamedTuple
 
 from app import telemetry
 from app.engine.contract import Loader, LoadStep, Pipeline, Result
@@ -59,6 +60,14 @@ class _Ending:
     failure: ServiceError | None = None
     is_out_of_memory: bool = False
     is_fault: bool = False
+
+
+class _InHand(NamedTuple):
+    """The work that was begun last: of how many slices, and when."""
+
+    job: Job
+    slices: int
+    began_s: float
 
 
 class _StartupStoppedError(Exception):
@@ -108,8 +117,7 @@ class Worker:
         self.is_device_suspect = False
         self._warmed_s = 0.0
         self._flights: dict[Job, Flight] = {}
-        # When the slice in hand began, and what it should take.
-        self._slice_began: tuple[float, float | None] | None = None
+        self._in_hand: _InHand | None = None
 
     @property
     def _loaded(self) -> Pipeline:
@@ -124,14 +132,15 @@ class Worker:
     @property
     def is_stalled(self) -> bool:
         """Whether the slice in hand takes so long that it will hardly ever end."""
-        began = self._slice_began
-        if began is None:
+        in_hand = self._in_hand
+        if in_hand is None:
             return False
-        began_s, expected_s = began
+        # Worked out for those who ask; most slices are over before anybody does.
+        expected_s = self._scheduler.expected_s(in_hand.job)
         bound_s = UNMEASURED_STALL_S
         if expected_s is not None:
-            bound_s = max(LEAST_STALL_S, STALL_FACTOR * expected_s)
-        return time.monotonic() - began_s > bound_s
+            bound_s = max(LEAST_STALL_S, STALL_FACTOR * in_hand.slices * expected_s)
+        return time.monotonic() - in_hand.began_s > bound_s
 
     def start(self) -> None:
         """Start the thread."""
@@ -298,8 +307,7 @@ class Worker:
         self, job: Job, work: Callable[[], bool | None], slices: int = 1
     ) -> _Ending | None:
         """Do work for a job. How the job ends by it; None where it goes on."""
-        expected_s = self._scheduler.expected_s(job)
-        self._slice_began = (time.monotonic(), None if expected_s is None else slices * expected_s)
+        self._in_hand = _InHand(job, slices, time.monotonic())
         try:
             return _Ending() if work() else None
         except ServiceError as error:
@@ -316,7 +324,7 @@ class Worker:
             logger.exception("the job failed")
             return _Ending(as_service_error(error))
         finally:
-            self._slice_began = None
+            self._in_hand = None
 
     def _settle(self, job: Job, ending: _Ending) -> None:
         """The device is done with a job. Called where no traceback holds its tensors any more."""

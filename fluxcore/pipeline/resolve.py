@@ -38,7 +38,7 @@ def resolve(request: GenerationParams, info: ModelInfo, seed: int) -> PreparedJo
         guidance=guidance,
         seeds=tuple(seed + i for i in range(request.n)),
         schedule=request.schedule,
-        sigmas=tuple(sigmas(request.schedule, steps, tokens, request.power_alpha)),
+        sigmas=sigmas(request.schedule, steps, tokens, request.power_alpha),
         start_step=_start_step(request, steps),
     )
     return PreparedJob(request, params, warnings)

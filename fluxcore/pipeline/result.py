@@ -81,7 +81,8 @@ class Progress:
         image_index: which of the n pictures, from 0.
         step, steps: Euler steps done and wanted, of this picture.
         denoise_step: the latents after a step, for previews; None in other stages.
-        has_more: the same slice took the step of the next picture, too.
+        has_more: what comes next takes no work: the step of the next picture, which the same
+            slice took, or the result.
     """
 
     stage: Stage

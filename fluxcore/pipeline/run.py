@@ -189,9 +189,12 @@ class Run(Iterator[Progress]):
     def _draw(self) -> Generator[Progress, None, None]:
         """The next pictures, as many as are drawn side by side."""
         drawn = yield from self._denoised()
+        params = self._job.params
         for latents in drawn:
             self._images.append((yield from self._decoded(latents)))
-            yield self._progress("decode", self._job.params.steps, len(self._images) - 1)
+            done = len(self._images)
+            is_last = done == len(params.seeds)
+            yield Progress("decode", done - 1, params.steps, params.steps, has_more=is_last)
 
     def _decoded(self, latents: Tensor) -> Generator[Progress, None, Image.Image]:
         """One picture; drawn again once, alone, when the device returns none."""
@@ -236,8 +239,8 @@ class Run(Iterator[Progress]):
             yield steps
             is_over = not self.begun and self._pictures[0].is_over
 
-    def _progress(self, stage: Stage, step: int = 0, image_index: int = 0) -> Progress:
-        return Progress(stage, image_index, step, self._job.params.steps)
+    def _progress(self, stage: Stage) -> Progress:
+        return Progress(stage, 0, 0, self._job.params.steps)
 
     @property
     def _passes(self) -> int:

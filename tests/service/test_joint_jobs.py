@@ -307,15 +307,15 @@ def test_a_joint_step_may_take_as_long_as_all_of_its_steps(
     pipeline.holding.clear()
     later = crowd(live)
     assert pipeline.in_joint.wait(30)
-    began = live.engine._worker._slice_began
-    assert began is not None and began[1] is not None
-    job = live.engine._scheduler.active[0]
-    one_s = live.engine._scheduler.expected_s(job)
-    assert one_s is not None
-    assert began[1] == pytest.approx(2 * one_s, rel=0.01)
+    in_hand = live.engine._worker._in_hand
+    assert in_hand is not None and in_hand.slices == 2
     monkeypatch.setattr(worker, "LEAST_STALL_S", 0.0)
-    monkeypatch.setattr(worker, "STALL_FACTOR", 0.0)
-    assert live.engine._worker.is_stalled
+    one_s = live.engine._scheduler.expected_s(in_hand.job)
+    assert one_s is not None
+    monkeypatch.setattr(worker, "STALL_FACTOR", 1000 / one_s)
+    for taken_s, is_stalled in ((1500, False), (2500, True)):
+        live.engine._worker._in_hand = in_hand._replace(began_s=time.monotonic() - taken_s)
+        assert live.engine._worker.is_stalled == is_stalled
     pipeline.holding.set()
     answers(later)
 
@@ -347,6 +347,22 @@ def test_a_job_is_charged_its_part_of_a_joint_step_and_each_picture_its_own(
     two = Flight(make("two", n=2), SideBySide(), ledger, metrics)  # type: ignore[arg-type]
     two.advance()
     assert ledger.told == [("denoise", 0.5)] * 2
+
+
+class LastAtOnce(FakePipeline):
+    """Says of its last slice that only the result comes after it."""
+
+    def run(self, params: GenerationParams) -> Any:
+        yield FakeSlice("decode", 0, 1, 1, has_more=True)
+        return "the result"
+
+
+def test_a_job_ends_with_its_last_slice_which_is_charged_to_it() -> None:
+    ledger = Ledger()
+    job = Flight(make("one"), LastAtOnce(), ledger, Metrics())  # type: ignore[arg-type]
+    job.advance()
+    assert job.result == "the result"
+    assert [stage for stage, _ in ledger.told] == ["decode"]
 
 
 # --- the bundled model -------------------------------------------------------

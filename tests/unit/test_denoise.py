@@ -50,8 +50,8 @@ def test_every_step_tells_where_it_stands(
     steps = run(tiny_pipeline, inputs)
     assert [step.index for step in steps] == [1, 2, 3, 4, 5]
     assert {step.total for step in steps} == {5}
-    assert [step.sigma_before for step in steps] == LEVELS[:-1]
-    assert [step.sigma for step in steps] == LEVELS[1:]
+    assert tuple(step.sigma_before for step in steps) == LEVELS[:-1]
+    assert tuple(step.sigma for step in steps) == LEVELS[1:]
     assert torch.equal(steps[0].latents_before, inputs.noise)
     for before, after in itertools.pairwise(steps):
         assert torch.equal(after.latents_before, before.latents)

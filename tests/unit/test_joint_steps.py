@@ -209,7 +209,8 @@ def test_progress_tells_the_steps_of_a_group_one_after_the_other(
         *(("denoise", i, step, i == 0) for step in (1, 2) for i in (0, 1)),
         *(("decode", i, 2, False) for i in (0, 1)),
         *(("denoise", 2, step, False) for step in (1, 2)),
-        ("decode", 2, 2, False),
+        # Nothing but the result comes after it.
+        ("decode", 2, 2, True),
     ]
     for p in told:
         assert (p.denoise_step is not None) == (p.stage == "denoise")

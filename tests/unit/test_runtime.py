@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -311,6 +312,20 @@ def test_peak_memory_is_in_bytes_and_holds_what_was_touched() -> None:
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert block.nbytes < runtime.peak_bytes() < 2**40
     assert runtime.peak_bytes() == host_peak_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere exec starts the figure anew")
+def test_peak_memory_is_not_that_of_the_program_before() -> None:
+    """A shell or a launcher may have taken more memory and then become this program."""
+    program = "from fluxcore.runtime import host_peak_bytes; print(host_peak_bytes())"
+    larger = "import os, sys; b'x' * 2**30; os.execv(sys.argv[1], sys.argv[1:])"
+    shown = subprocess.run(
+        [sys.executable, "-c", larger, sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert 2**24 < int(shown) < 2**30
 
 
 OUT_OF_MEMORY = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ def reference_scheduler(steps: int, tokens: int) -> FlowMatchEulerDiscreteSchedu
     return scheduler
 
 
-def float32_bits(values: list[float]) -> list[int]:
+def float32_bits(values: Sequence[float]) -> list[int]:
     """The bit patterns; the values must be float32 already."""
     narrow = np.array(values, dtype=np.float32)
-    assert narrow.astype(float).tolist() == values
+    assert narrow.astype(float).tolist() == list(values)
     return narrow.view(np.int32).tolist()
 
 

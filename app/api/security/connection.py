@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from typing import Any, ClassVar
 
 import h11
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.errors import log_refusal, render
-from app.api.middleware import REQUEST_ID_HEADER, RequestContext
+from app.api.middleware import REQUEST_ID_HEADER, RequestContext, new_request_id
 from app.api.security.headers import add_security_headers
 from app.errors import InvalidRequestError, TooManyConnectionsError
 from app.metrics import Metrics
@@ -104,7 +103,7 @@ class BoundedProtocol(H11Protocol):
             log_refusal("-", error)
             answer = render(error)
             headers = MutableHeaders(raw=answer.raw_headers)
-            headers[REQUEST_ID_HEADER] = f"req_{uuid.uuid4().hex}"
+            headers[REQUEST_ID_HEADER] = new_request_id()
             headers["connection"] = "close"
             add_security_headers(headers)
             start = h11.Response(status_code=error.status, headers=headers.raw)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Scope
@@ -16,6 +17,8 @@ from starlette.types import Scope
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # One client usually has a whole network of this size.
 IPV6_CLIENT_BITS = 64
+# Addresses of which it is kept what they mean: most requests come from one of a few.
+ADDRESSES_KEPT = 1024
 
 
 class TrustedProxies:
@@ -66,6 +69,7 @@ def _peer(scope: Scope) -> _Address | None:
     return None if client is None else _address(client[0])
 
 
+@lru_cache(ADDRESSES_KEPT)
 def _address(text: str) -> _Address | None:
     try:
         address = ipaddress.ip_address(text.strip("[]"))
