@@ -99,7 +99,7 @@ class Kernels:
         add_gated: (x, gate, y) -> x + gate * y, of the transformer's residual streams.
         modulated, joint_heads: of the transformer; None: its own plain form.
         grouped_heads: of the text encoder, likewise.
-        normed, residual_block, doubled: of the VAE, likewise.
+        normed, residual_block: of the VAE, likewise.
     """
 
     attention: Attention
@@ -113,7 +113,6 @@ class Kernels:
     grouped_heads: GroupedHeads | None = None
     normed: Normed | None = None
     residual_block: Callable[..., Tensor] | None = None
-    doubled: Callable[[Tensor], Tensor] | None = None
 
     def residual(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else x.to(self.residual_dtype)

@@ -103,9 +103,11 @@ class Bench:
         self.runtime = choose_runtime("cuda", kernels="fused")
         # As the files have it, and as fluxd's own kernels read it.
         self.plain = random_components(args.preset, self.runtime, shallow=args.shallow)
-        arranged = copy.deepcopy(self.plain.transformer)
-        self.runtime.arrange(arranged)
-        self.components = replace(self.plain, transformer=arranged)
+        arranged = {
+            name: copy.deepcopy(getattr(self.plain, name)) for name in ("transformer", "vae")
+        }
+        self.runtime.arrange(**arranged)
+        self.components = replace(self.plain, **arranged)
         torch.cuda.synchronize()
         print(json.dumps(self.runtime.describe()))
         print(f"model drawn in {time.perf_counter() - started:.1f} s", flush=True)
@@ -144,7 +146,8 @@ class Bench:
             ]
             shapes += [
                 (joint, 3 * width + 2 * mlp, width, 20),
-                (joint, width, width + mlp, 20),
+                (joint, width, width + mlp, 19),
+                (image, width, width + mlp, 1),
             ]
             total: dict[str, float] = {"bf16": 0.0, "fp8": 0.0}
             for rows, n, k, count in shapes:
@@ -181,7 +184,7 @@ class Bench:
 
     def phase_one_pass(self) -> None:
         """Every product in the library, and one kernel for each pass between two of them."""
-        pipe = self.pipeline(graphs=True, transformer=self.plain.transformer)
+        pipe = self.pipeline(graphs=True, transformer=self.plain.transformer, vae=self.plain.vae)
         self._measure("products apart+graphs", pipe, self.runs)
         self._distance("plain", "products apart+graphs")
 
@@ -404,7 +407,6 @@ def rebuild(network: nn.Module, runtime: Runtime) -> None:
             "grouped_heads": kernels.grouped_heads or qwen3.grouped_heads,
             "normed": kernels.normed or vae.normed,
             "run": kernels.residual_block or vae.residual_block,
-            "doubled": kernels.doubled or vae.doubled,
         }
         for name, function in functions.items():
             if not isinstance(getattr(module, name, nn.Module()), nn.Module | None):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fluxcore.config import (
     TEXT_TOKENS,
@@ -40,7 +40,11 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """softmax(q k) v over all tokens; masked ones are counted, too."""
+    """softmax(q k) v over all tokens; masked ones are counted, too.
+
+    Attributes:
+        queries: of so many tokens; None: of all.
+    """
 
     heads: int
     kv_heads: int
@@ -48,10 +52,12 @@ class Attention:
     head_width: int
     is_masked: bool = False
     is_vae: bool = False
+    queries: int | None = None
 
     @property
     def operations(self) -> int:
-        return 4 * self.heads * self.tokens**2 * self.head_width
+        queries = self.tokens if self.queries is None else self.queries
+        return 4 * self.heads * queries * self.tokens * self.head_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +151,20 @@ def step_work(config: TransformerConfig, image_tokens: int) -> Work:
             Product(tokens, width, 2 * mlp, is_block=True),
             Product(tokens, mlp, width, is_block=True),
         ]
-    single: list[Part] = [
-        attention,
-        Product(joint, width, 3 * width + 2 * mlp, is_block=True),
-        Product(joint, width + mlp, width, is_block=True),
+    before = Product(joint, width, 3 * width + 2 * mlp, is_block=True)
+    single: list[Part] = [attention, before, Product(joint, width + mlp, width, is_block=True)]
+    # Of the last block only the picture's rows are asked for.
+    last: list[Part] = [
+        replace(attention, queries=image_tokens),
+        before,
+        Product(image_tokens, width + mlp, width, is_block=True),
     ]
-    ends = [
+    ends: list[Part] = [
         Product(image_tokens, config.in_channels, width),
         Product(image_tokens, width, config.out_channels),
     ]
-    blocks = _times(config.double_blocks, double) + _times(config.single_blocks, single)
-    return blocks + Counter(ends)
+    blocks = _times(config.double_blocks, double) + _times(config.single_blocks - 1, single)
+    return blocks + Counter(last + ends)
 
 
 def decoder_work(config: VaeConfig, rows: int, columns: int) -> Work:

@@ -88,7 +88,8 @@ class Rates:
     def _attentions(self, part: Attention) -> Iterator[Call]:
         dtypes, kernels = self._runtime.dtypes, self._runtime.kernels()
         dtype = dtypes.vae if part.is_vae else dtypes.weights
-        of_q = (1, part.heads, part.tokens, part.head_width)
+        queries = part.tokens if part.queries is None else part.queries
+        of_q = (1, part.heads, queries, part.head_width)
         of_kv = (1, part.kv_heads, part.tokens, part.head_width)
         q, k, v = (self._random(shape, dtype) for shape in (of_q, of_kv, of_kv))
         mask = None

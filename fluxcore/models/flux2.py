@@ -12,7 +12,7 @@ src/flux2/model.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,7 @@ class Modulation(NamedTuple):
         return cls(*(rows + ones.to(rows)).split((6, 6, 3, 2)))
 
 
+ALL = slice(None)
 MODULATION_ROWS = 6 + 6 + 3 + 2
 SCALE_ROWS = (1, 4, 7, 10, 13, 15)
 
@@ -177,7 +178,7 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     """Attention and MLP side by side on the concatenation [txt, img].
 
-    Shapes: x [B, L, D] -> [B, L, D].
+    Shapes: x [B, L, D] -> [B, L_kept, D], of the rows that are asked for.
     """
 
     def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
@@ -194,22 +195,15 @@ class SingleBlock(nn.Module):
         self.qk_norm = QKNorm(config.heads, config.head_width, config.norm_eps)
         self.out = nn.Linear(width + mlp, width, bias=False)
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, pe: Rope, kept: slice = ALL) -> Tensor:
         shift, factor, gate = mod
         projected = self.modulated(self.qkv_mlp, x, shift, factor, self.eps)
         qkv, mlp = projected.split(self.sizes, dim=-1)
         q, k, v = self.joint_heads(((qkv, self.qk_norm),), pe)
-        attended = self.attention(q, k, v, None)  # [B, H, L, K]
-        attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
+        attended = self.attention(q[:, :, kept], k, v, None)  # [B, H, L_kept, K]
+        attended = attended.transpose(1, 2).flatten(2)  # [B, L_kept, D]
         # self.out takes [attended, gated mlp], D + mlp columns.
-        return self.add_gated(x, gate, self.gated(self.out, mlp, attended))
-
-
-def single_blocks(blocks: Iterable[nn.Module], x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
-    """One after the other. Shapes: x [B, L, D], mod [3, 1, D] -> [B, L, D]."""
-    for block in blocks:
-        x = block(x, mod, pe)
-    return x
+        return self.add_gated(x[:, kept], gate, self.gated(self.out, mlp[:, kept], attended))
 
 
 class Flux2Transformer(nn.Module):
@@ -238,8 +232,8 @@ class Flux2Transformer(nn.Module):
             SingleBlock(config, kernels) for _ in range(config.single_blocks)
         )
         self.img_out = nn.Linear(width, config.out_channels, bias=False)
-        # Another form where weights are laid out for it.
-        self.run_single: Callable[..., Tensor] = single_blocks
+        # Another form of ``run_blocks`` where weights are laid out for it.
+        self.fused_blocks: Callable[..., Tensor] | None = None
 
     def modulation(self, t: Tensor) -> list[Modulation]:
         """All AdaLN vectors of all steps, in one pass over the modulation weights.
@@ -268,10 +262,24 @@ class Flux2Transformer(nn.Module):
         self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope, out_tokens: int
     ) -> Tensor:
         img = self.kernels.residual(self.img_in(img))  # [B, L_img, D]
+        run = self.fused_blocks or self.run_blocks
+        x = run(img, txt, mod, pe, out_tokens)
+        factor, shift = mod.final
+        return self.modulated(self.img_out, x, shift, factor, self.config.norm_eps)
+
+    def run_blocks(
+        self, img: Tensor, txt: Tensor, mod: Modulation, pe: Rope, out_tokens: int
+    ) -> Tensor:
+        """All blocks, one after the other. Shapes: img and txt [B, L_i, D] -> [B, L_out, D].
+
+        Differs from diffusers: of what nobody reads, the last block's attention and output are
+        left out; that is two thirds of its rows at 256x256.
+        """
         for block in self.double_blocks:
             img, txt = block(img, txt, mod, pe)
         x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]
-        x = self.run_single(self.single_blocks, x, mod.single, pe)
-        x = x[:, txt.shape[1] : txt.shape[1] + out_tokens]  # [B, L_out, D]
-        factor, shift = mod.final
-        return self.modulated(self.img_out, x, shift, factor, self.config.norm_eps)
+        asked = slice(txt.shape[1], txt.shape[1] + out_tokens)
+        last = len(self.single_blocks) - 1
+        for number, block in enumerate(self.single_blocks):
+            x = block(x, mod.single, pe, asked if number == last else ALL)
+        return x

@@ -9,6 +9,8 @@ pipelines/flux2/pipeline_flux2_klein.py (_encode_vae_image, _patchify_latents).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,11 +31,6 @@ def residual_block(block: ResidualBlock, x: Tensor) -> Tensor:
     hidden = block.conv1(block.normed(x, block.norm1))
     hidden = block.conv2(block.normed(hidden, block.norm2))
     return (x if block.shortcut is None else block.shortcut(x)) + hidden  # type: ignore[no-any-return]
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Each pixel four times. Shapes: [B, C, h, w] -> [B, C, 2 h, 2 w]."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ResidualBlock(nn.Module):
@@ -131,13 +128,16 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double each side. Shapes: [B, C, h, w] -> [B, C, 2 h, 2 w]."""
 
-    def __init__(self, channels: int, kernels: Kernels) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.doubled = kernels.doubled or doubled
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        # Another form where weights are laid out for it.
+        self.fused: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.doubled(x))  # type: ignore[no-any-return]
+        if self.fused is not None:
+            return self.fused(x)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         previous = widths[0]
         for i, width in enumerate(widths):
             sizes = [(previous, width)] + [(width, width)] * config.layers_per_block
-            resample = Upsample(width, kernels) if i < len(widths) - 1 else None
+            resample = Upsample(width) if i < len(widths) - 1 else None
             self.levels.append(Level(sizes, config.norm_groups, resample, kernels))
             previous = width
         self.normed = kernels.normed or normed

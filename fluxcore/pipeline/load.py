@@ -101,7 +101,7 @@ def load_components(
         left_out["transformer"],
         lambda network, name: runtime.quantise(network, name) if is_of_block(name) else 0,
     )
-    runtime.arrange(transformer)
+    runtime.arrange(transformer, vae)
     stream = stream_layers(path, config, runtime, encoder, transformer)
     reports = (vae_report, encoder_report, transformer_report)
     distilled = config.is_distilled

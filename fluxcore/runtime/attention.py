@@ -54,6 +54,11 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return plain_attention(q, k, v, mask)
 
 
+def scored(q: Tensor, k: Tensor) -> Tensor:
+    """Scores in float32, not scaled. Shapes: q [B, L_q, K], k [B, L, K] -> [B, L_q, L]."""
+    return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
+
+
 @torch.library.custom_op("fluxd::scored_attention", mutates_args=())
 def scored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """For CUDA and wide heads, of which no fast kernel takes 512: two matrix products.
@@ -69,8 +74,7 @@ def scored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = q.shape[-1] ** -0.5
     chunks = []
     for rows in q.split(SCORED_ROWS, dim=1):
-        scores = torch.bmm(rows, k.transpose(1, 2), out_dtype=torch.float32)  # [B H, rows, L]
-        weights = scores.mul_(scale).softmax(dim=-1).to(v.dtype)
+        weights = scored(rows, k).mul_(scale).softmax(dim=-1).to(v.dtype)  # [B H, rows, L]
         chunks.append(torch.bmm(weights, v))
     out = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)  # [B H, L, K]
     return out.view(*heads, *out.shape[1:])

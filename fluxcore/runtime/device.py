@@ -87,6 +87,7 @@ class Runtime:
 
         return replace(
             plain,
+            vae_attention=fused_vae.wide_attention,
             adds_masks=True,
             gated=fused.gated_linear,
             add_gated=fused.add_gated,
@@ -95,7 +96,6 @@ class Runtime:
             grouped_heads=fused.grouped_heads,
             normed=fused_vae.normed,
             residual_block=fused_vae.residual_block,
-            doubled=fused_vae.doubled,
         )
 
     @property
@@ -104,17 +104,17 @@ class Runtime:
         is_narrow = self.dtypes.weights == self.dtypes.vae == torch.bfloat16
         return self.fuses and is_narrow and not self.compiles and missing_for_triton() is None
 
-    def arrange(self, transformer: Any) -> None:
-        """Lay loaded weights out as this device's kernels read them, once and in place."""
-        is_hopper = self.capability == HOPPER and self.uses_triton
-        if not is_hopper or self.residency == "low":
+    def arrange(self, transformer: Any, vae: Any) -> None:
+        """Lay loaded weights out as this device's kernels read them, once."""
+        if not self.uses_triton:
             return
-        from fluxcore.runtime import triton_products as products
+        from fluxcore.runtime import triton_blocks, triton_vae
 
-        if all(map(products.fits, transformer.single_blocks)):
-            for block in transformer.single_blocks:
-                products.arrange(block)
-            transformer.run_single = products.single_blocks
+        for level in vae.decoder.levels[:-1]:
+            level.resample.fused = triton_vae.FusedUpsample(level.resample.conv)
+        is_taken = self.capability == HOPPER and self.residency != "low"
+        if is_taken and triton_blocks.fits(transformer):
+            transformer.fused_blocks = triton_blocks.FusedBlocks(transformer)
 
     def _attentions(self) -> tuple[Attention, Attention]:
         """For transformer and text encoder, and for the VAE."""

@@ -1,4 +1,4 @@
-"""Element-wise work of the VAE as Triton kernels: norms, residual sums, doubled pixels.
+"""Work of the VAE as Triton kernels: norms, residual sums, doubled pictures, weights of scores.
 
 As ``fluxcore.runtime.triton_kernels``: each stands for a plain form, of ``fluxcore.models.vae``,
 computes in float32 and rounds once, and hands what it does not take to the plain form.
@@ -16,14 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fluxcore.runtime.attention import SCORED_ROWS, scored
+from fluxcore.runtime.attention import wide_attention as plain_wide_attention
 from fluxcore.runtime.triton_kernels import launch
 
 COLUMNS = 1024
-"""Values that one program adds or doubles."""
+"""Values that one program adds or puts side by side."""
 ELEMENTS = 8192
 """Values of a picture that one program norms at once."""
 NORM_TILES = 8
 """Tiles that one program sums."""
+MOST_SCORES = 2**16
+"""Of one query, that one program holds."""
 
 
 @triton.jit
@@ -228,26 +232,92 @@ def _unbiased(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _double(x, out, size, width, channels, BLOCK: tl.constexpr):
+def _interleave(phases, bias, out, size, width, channels, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    values = tl.load(x + at, mask=inside)
-    pixel = at // channels
-    row, column = pixel // width, pixel % width
-    corner = (row * 4 * width + column * 2) * channels + at % channels
-    for down in tl.static_range(2):
-        for right in tl.static_range(2):
-            tl.store(out + corner + (down * 2 * width + right) * channels, values, mask=inside)
+    channel, pixel = at % channels, at // channels
+    row, column = pixel // (2 * width), pixel % (2 * width)
+    # Of an odd row the window begins one row further down, and columns likewise.
+    corner = ((row + 1) // 2) * (width + 1) + (column + 1) // 2
+    phase = row % 2 * 2 + column % 2
+    values = tl.load(phases + (corner * 4 + phase) * channels + channel, mask=inside, other=0.0)
+    biased = values.to(tl.float32) + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, biased.to(out.dtype.element_ty), mask=inside)
 
 
-def doubled(x: Tensor) -> Tensor:
-    """As ``fluxcore.models.vae.doubled``, for pictures whose channels lie side by side."""
-    last = torch.channels_last
-    if not x.is_contiguous(memory_format=last):
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    batch, channels, height, width = x.shape
-    shape = (batch, channels, 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
-    grid = (triton.cdiv(x.numel(), COLUMNS),)
-    launch(_double, grid, x, out, x.numel(), width, channels, COLUMNS, num_warps=4)
+class FusedUpsample:
+    """As ``fluxcore.models.vae.Upsample``, without ever writing a pixel four times.
+
+    Three rows of a picture whose rows are all there twice are two rows of the picture itself, one
+    of which counts twice. So each of the four pixels that come of one is a convolution with 2x2
+    weights, sums of the 3x3: 4/9 of the work. All four are one convolution of four times the
+    channels, whose results are then put side by side.
+
+    Source of the idea: "sub-pixel convolution", Shi et al. 2016, read backwards.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        assert conv.bias is not None
+        self._conv = conv
+        rows = _summed(conv.weight.float(), 2)  # two of [C, C, 2, 3]
+        phases = torch.cat([part for row in rows for part in _summed(row, 3)])  # [4 C, C, 2, 2]
+        self._phases = phases.to(conv.weight.dtype, memory_format=torch.channels_last)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shapes: [B, C, h, w] -> [B, C, 2 h, 2 w]."""
+        last = torch.channels_last
+        phases = F.conv2d(x, self._phases, padding=1)  # [B, 4 C, h + 1, w + 1]
+        phases = phases.contiguous(memory_format=last)
+        batch, channels, height, width = x.shape
+        shape = (batch, channels, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+        for picture, found in zip(phases, out, strict=True):
+            grid = (triton.cdiv(found.numel(), COLUMNS),)
+            args = (self._conv.bias, found, found.numel(), width, channels, COLUMNS)
+            launch(_interleave, grid, picture, *args, num_warps=4)
+        return out
+
+
+def _summed(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps to two, for the first and the second of two equal pixels."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
+
+
+@triton.jit
+def _weigh(scores, out, length, scale, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * length
+    values = tl.load(scores + row + at, mask=at < length, other=float("-inf")) * scale
+    powers = tl.exp(values - tl.max(values, 0))
+    weights = powers / tl.sum(powers, 0)
+    tl.store(out + row + at, weights.to(out.dtype.element_ty), mask=at < length)
+
+
+def weighed(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Softmax of scaled scores. Shapes: [..., L] float32, at most ``MOST_SCORES`` -> the same."""
+    length = scores.shape[-1]
+    out = torch.empty_like(scores, dtype=dtype)
+    block = triton.next_power_of_2(length)
+    warps = min(32, max(4, block // 1024))
+    grid = (scores.numel() // length,)
+    launch(_weigh, grid, scores, out, length, scale, block, num_warps=warps)
     return out
+
+
+def wide_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As ``fluxcore.runtime.attention.wide_attention``, with one pass over the scores.
+
+    Shapes: q, k, v [B, H, L, K] -> [B, H, L, K]; ``mask`` must be None.
+    """
+    length = k.shape[2]
+    if length > MOST_SCORES:
+        return plain_wide_attention(q, k, v, mask)
+    assert mask is None, "attention of wide heads takes no mask"
+    heads, scale = q.shape[:2], q.shape[-1] ** -0.5
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B H, L, K]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for first in range(0, q.shape[1], SCORED_ROWS):
+        rows = slice(first, first + SCORED_ROWS)
+        out[:, rows] = torch.bmm(weighed(scored(q[:, rows], k), scale, v.dtype), v)
+    return out.view(*heads, *out.shape[1:])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fluxcore import FluxPipeline, GenerationParams
-from fluxcore.models.flux2 import single_blocks
 from fluxcore.weights.random_architecture import PRESETS
 from fluxcore.weights.random_checkpoint import write_random_checkpoint
 
@@ -44,8 +43,8 @@ def test_pictures_are_those_of_the_plain_form(checkpoint: Path) -> None:
     plain = loaded(checkpoint, kernels="plain", cuda_graphs=0)
     fused = loaded(checkpoint, cuda_graphs=0)
     graphed = loaded(checkpoint, cuda_graphs=24)
-    assert plain.transformer.run_single is single_blocks
-    assert fused.transformer.run_single is not single_blocks
+    assert plain.transformer.fused_blocks is None
+    assert fused.transformer.fused_blocks is not None
     for size in SIZES:
         expected, found = latents(plain, *size), latents(fused, *size)
         # Measured: see the log of the 4B, 0.013.
@@ -55,7 +54,7 @@ def test_pictures_are_those_of_the_plain_form(checkpoint: Path) -> None:
 
 
 def test_fp8_has_the_library_s_products(checkpoint: Path) -> None:
-    assert loaded(checkpoint, precision="fp8").transformer.run_single is single_blocks
+    assert loaded(checkpoint, precision="fp8").transformer.fused_blocks is None
 
 
 def test_pictures_drawn_side_by_side_stay_the_same(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,10 +163,15 @@ def test_fused_attention_draws_the_same(plain: FluxPipeline, tiny_checkpoint: Pa
         assert _relative(_latents(plain, params), _latents(chosen, params)) < 0.05, name
 
 
-def test_attention_of_wide_heads_is_right() -> None:
+@pytest.mark.parametrize("is_fused", [False, True], ids=["library", "own kernel"])
+def test_attention_of_wide_heads_is_right(is_fused: bool) -> None:
+    attention = wide_attention
+    if is_fused:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        attention = importlib.import_module("fluxcore.runtime.triton_vae").wide_attention
     q, k, v = torch.randn(3, 1, 1, SCORED_ROWS + 100, 512, device="cuda").bfloat16()
     exact = plain_attention(q.float(), k.float(), v.float(), None)
-    assert _relative(wide_attention(q, k, v, None), exact) < 0.01
+    assert _relative(attention(q, k, v, None), exact) < 0.01
 
 
 def test_what_comes_to_the_host_is_whole() -> None:

@@ -18,9 +18,10 @@ from tests.mps.pretend import DEVICE
 
 WAITING = {"upload", "download", "wait"}
 
-MOST_KERNELS = {"float16": (59, 25, 10), "bfloat16": (33, 17, 8)}
+MOST_KERNELS = {"float16": (59, 25, 11), "bfloat16": (33, 17, 9)}
 """Kernels of a double block, of a single block, and of the rest of a step, per dtype.
 float16 casts to and from its float32 residual stream, and scales rows that would overflow.
+One of the rest copies the queries of the last block, of which only some are asked for.
 Fewer are welcome: lower these then."""
 
 

@@ -110,7 +110,7 @@ def test_decoders_of_other_widths_and_without_attention(tiny_pipeline: FluxPipel
 
 def test_the_real_model_takes_what_is_known_of_it() -> None:
     # 10**12 operations, worked out independently from the published sizes.
-    for side_px, expected in ((256, 4.90), (512, 10.15), (1024, 34.8)):
+    for side_px, expected in ((256, 4.85), (512, 10.10), (1024, 34.7)):
         tokens = (side_px // 16) ** 2
         assert operations(step_work(KLEIN_4B, tokens)) / 1e12 == pytest.approx(expected, rel=0.01)
     assert operations(text_work(QWEN3_4B)) / 1e12 == pytest.approx(2.9, rel=0.02)

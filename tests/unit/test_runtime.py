@@ -178,7 +178,8 @@ def test_mps_rules_go_with_the_kind_and_not_with_the_device() -> None:
     assert not mps.channels_last
 
 
-def test_fused_attention_is_what_the_gpu_has(machine: Any) -> None:
+def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "missing_for_triton", lambda: "no Triton")
     machine(cuda=1, capability=(9, 0))
     hopper = choose_runtime("cuda", kernels="fused").kernels()
     assert (hopper.attention, hopper.vae_attention) == (cudnn_attention, wide_attention)

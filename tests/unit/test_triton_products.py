@@ -1,20 +1,22 @@
-"""Products that finish their results, against the plain form: on a GPU, or interpreted."""
+"""Blocks whose products finish their results, against the plain form: on a GPU, or interpreted."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fluxcore.config import TransformerConfig
+from fluxcore.config import TransformerConfig, VaeConfig
 from fluxcore.kernels import Kernels, plain_attention
 from fluxcore.models import flux2
 from fluxcore.models.rope import Rope
+from fluxcore.models.vae import AutoEncoder
 from fluxcore.runtime import Runtime, choose_runtime
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -23,13 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if not IS_HOPPER and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
     pytest.skip("neither a Hopper GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+from fluxcore.runtime import triton_blocks as fused_blocks  # noqa: E402
 from fluxcore.runtime import triton_products as products  # noqa: E402
 
 DEVICE = torch.device("cuda" if IS_HOPPER else "cpu")
 CONFIG = TransformerConfig(
     in_channels=128,
     out_channels=128,
-    double_blocks=1,
+    double_blocks=2,
     single_blocks=2,
     heads=2,
     head_width=128,
@@ -41,11 +44,31 @@ CONFIG = TransformerConfig(
     norm_eps=1e-6,
 )
 
+VAE = VaeConfig(
+    image_channels=3,
+    latent_channels=8,
+    encoder_channels=(8, 8),
+    decoder_channels=(8, 8, 8),
+    layers_per_block=1,
+    norm_groups=4,
+    mid_attention=False,
+    quant_conv=False,
+    post_quant_conv=False,
+    batch_norm_eps=1e-4,
+    sample_side_px=64,
+)
+
 
 @pytest.fixture(autouse=True)
-def _interpreter_that_knows_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's own multiplies the 16 bits of such numbers as if they were whole numbers."""
+def _interpreter_that_knows_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's own multiplies the 16 bits of such numbers as if they were whole numbers.
+
+    It also prepares the whole language anew at each call of a function by a kernel, which takes
+    most of its time; here once a test
+    for each module that functions are of.
+    """
     if IS_HOPPER:
+        yield
         return
     from triton.runtime import interpreter
 
@@ -64,99 +87,147 @@ def _interpreter_that_knows_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    prepare, prepared = interpreter._patch_lang, {}
+
+    def prepare_once(function: Any) -> Any:
+        module = function.__globals__["__name__"]
+        if module not in prepared:
+            prepared[module] = prepare(function)
+        return interpreter._LangPatchScope()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", prepare_once)
+    yield
+    for scope in reversed(prepared.values()):
+        scope.restore()
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def blocks() -> tuple[list[flux2.SingleBlock], list[flux2.SingleBlock]]:
-    """Two blocks in float32, and the same in bfloat16, arranged."""
-    exact = []
-    for number in range(2):
-        block = flux2.SingleBlock(CONFIG, Kernels(plain_attention, plain_attention)).to(DEVICE)
-        for place, parameter in enumerate(block.parameters()):
-            shape, seed = parameter.shape, 10 * number + place
-            drawn = values(*shape, seed=seed) / (shape[-1] ** 0.5 if len(shape) > 1 else 4)
-            parameter.data = (drawn + (len(shape) == 1)).bfloat16().float()
-        exact.append(block.requires_grad_(False))
-    fused = [copy.deepcopy(block).bfloat16() for block in exact]
-    for block in fused:
-        products.arrange(block)
-    return exact, fused
+TEXT = products.ROWS
+"""Text rows of a picture: as many as one tile has."""
 
 
-def inputs(batch: int, tokens: int) -> tuple[Tensor, Tensor, Rope]:
-    angle = values(tokens, 64, seed=1).repeat_interleave(2, 1)
+def transformers() -> tuple[flux2.Flux2Transformer, flux2.Flux2Transformer, Any]:
+    """One in float32, the same in bfloat16, and that one's blocks fused."""
+    exact = flux2.Flux2Transformer(CONFIG, Kernels(plain_attention, plain_attention)).to(DEVICE)
+    for seed, parameter in enumerate(exact.parameters()):
+        shape = parameter.shape
+        drawn = values(*shape, seed=seed) / (shape[-1] ** 0.5 if len(shape) > 1 else 4)
+        parameter.data = (drawn + (len(shape) == 1)).bfloat16().float()
+    exact.requires_grad_(False)
+    rounded = copy.deepcopy(exact).bfloat16()
+    return exact, rounded, fused_blocks.FusedBlocks(copy.deepcopy(rounded))
+
+
+class Inputs(NamedTuple):
+    img: Tensor
+    txt: Tensor
+    mod: flux2.Modulation
+    pe: Rope
+    out_tokens: int
+
+    def wide(self) -> Inputs:
+        mod = flux2.Modulation(*(rows.float() for rows in self.mod))
+        return self._replace(img=self.img.float(), txt=self.txt.float(), mod=mod)
+
+
+def inputs(batch: int, tokens: int, out_tokens: int) -> Inputs:
+    angle = values(TEXT + tokens, 64, seed=1).repeat_interleave(2, 1)
     sign = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(64)
-    x = values(batch, tokens, CONFIG.width, seed=2).bfloat16()
-    mod = values(3, 1, CONFIG.width, seed=3).bfloat16() / 4 + 1
-    return x, mod, (angle.cos(), angle.sin() * sign)
+    img = values(batch, tokens, CONFIG.width, seed=2).bfloat16()
+    txt = values(batch, TEXT, CONFIG.width, seed=4).bfloat16()
+    parts = values(17, 1, CONFIG.width, seed=3).bfloat16() / 4 + 1
+    mod = flux2.Modulation(*parts.split((6, 6, 3, 2)))
+    return Inputs(img, txt, mod, (angle.cos(), angle.sin() * sign), out_tokens)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (1, 150), (2, 70)])
-@pytest.mark.parametrize("few_rows", [2048, 0], ids=["one product", "two products"])
-def test_single_blocks_are_as_near_to_float32_as_rounding_is(
-    monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, few_rows: int
+@pytest.mark.parametrize(
+    ("few_rows", "batch", "tokens", "out"),
+    [(2048, 2, 70, 70), (0, 1, 150, 90)],
+    ids=["one product", "two products"],
+)
+def test_blocks_are_as_near_to_float32_as_rounding_is(
+    monkeypatch: pytest.MonkeyPatch, few_rows: int, batch: int, tokens: int, out: int
 ) -> None:
-    monkeypatch.setattr(products, "FEW_ROWS", few_rows)
-    exact, fused = blocks()
-    x, mod, pe = inputs(batch, tokens)
-    expected = flux2.single_blocks(exact, x.float(), mod.float(), pe)
-    rounded = [copy.deepcopy(block).bfloat16() for block in exact]
-    plain = flux2.single_blocks(rounded, x, mod, pe)
-    found = products.single_blocks(fused, x, mod, pe)
-    assert found.shape == x.shape and found.dtype == x.dtype
-    # The interpreter cuts digits off where a GPU rounds: measured 0.012 and 0.0046.
+    monkeypatch.setattr(fused_blocks, "FEW_ROWS", few_rows)
+    exact, rounded, fused = transformers()
+    given = inputs(batch, tokens, out)
+    expected = exact.run_blocks(*given.wide())
+    plain = rounded.run_blocks(*given)
+    found = fused(*given)
+    assert found.shape == (batch, out, CONFIG.width) and found.dtype == plain.dtype
+    # The interpreter cuts digits off where a GPU rounds.
     most = 1.1 * apart(plain, expected) if IS_HOPPER else 0.03
     assert apart(found, expected) < most
 
 
-def test_rows_of_one_picture_do_not_depend_on_those_beside_it() -> None:
-    block = blocks()[1][0]
-    x, _, pe = inputs(2, 70)
-    width = x.shape[-1]
-    turns = products.half_tables(pe)
-    q, k, v, joined = products.projected(block, x, turns)
-    for number in range(2):
-        alone = products.projected(block, x[number : number + 1].contiguous(), turns)
-        together = (q, k, v, joined[..., width:])
-        for found, expected in zip(together, (*alone[:3], alone[3][..., width:]), strict=True):
-            own = found[number : number + 1]
-            # numpy, which multiplies where kernels are interpreted, adds up in another order.
-            assert torch.equal(own, expected) if IS_HOPPER else apart(own, expected.float()) < 0.01
+def test_one_product_for_each_stream() -> None:
+    """Rows of text and image are multiplied with weights of their own, in any number of them."""
+    first, second = values(512, 128, seed=1).bfloat16(), values(512, 128, seed=2).bfloat16()
+    rows = values(2, TEXT + 70, 128, seed=3).bfloat16()
+    gated = torch.full((2, TEXT + 70, 256), torch.nan, device=DEVICE).bfloat16()
+    products.multiply(rows, torch.cat((first, second)), gated=gated, first=TEXT)
+    for weight, own in ((first, slice(0, TEXT)), (second, slice(TEXT, None))):
+        gates, halves = (
+            (rows[:, own].float() @ weight.float().T).unflatten(-1, (2, 2, 128)).unbind(-2)
+        )
+        expected = (torch.nn.functional.silu(gates) * halves).flatten(-2)
+        assert apart(gated[:, own], expected) < 0.01
+    alone = torch.empty_like(gated[1:])
+    products.multiply(rows[1:], torch.cat((first, second)), gated=alone, first=TEXT)
+    # numpy, which multiplies where kernels are interpreted, adds up in another order.
+    assert torch.equal(gated[1:], alone) if IS_HOPPER else apart(gated[1:], alone.float()) < 0.01
+    with pytest.raises(AssertionError, match="70 rows of the first stream"):
+        products.multiply(rows, torch.cat((first, second)), gated=gated, first=70)
 
 
-def test_only_what_the_tiles_divide_is_taken() -> None:
-    block = blocks()[0][0]
-    assert products.fits(block)
-    block.sizes = (3 * 256, 2 * 384)
-    assert products.fits(block)
-    block.sizes = (3 * 256, 2 * 320)
-    assert not products.fits(block)
-    block.sizes = (3 * 256, 2 * 512)
-    block.qk_norm.heads = 4
-    assert not products.fits(block)
+@pytest.mark.parametrize(
+    ("changed", "is_fit"),
+    [
+        ({}, True),
+        ({"mlp_ratio": 1.5}, True),
+        ({"mlp_ratio": 1.25}, False),
+        ({"heads": 4, "head_width": 64, "rope_axes": (16, 16, 16, 16)}, False),
+        ({"heads": 3}, False),
+    ],
+)
+def test_only_what_the_tiles_divide_is_taken(changed: dict[str, Any], is_fit: bool) -> None:
+    kernels = Kernels(plain_attention, plain_attention)
+    transformer = flux2.Flux2Transformer(replace(CONFIG, **changed), kernels)
+    assert fused_blocks.fits(transformer) is is_fit
 
 
 def test_a_transformer_is_arranged_where_the_kernels_were_made_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime = choose_runtime("cpu", "float32")
+    vae = AutoEncoder(VAE, Kernels(plain_attention, plain_attention))
+    runtime.arrange(None, vae)
+    assert vae.decoder.levels[0].resample.fused is None
     monkeypatch.setattr(Runtime, "uses_triton", True)
     for capability, residency in (((8, 9), "resident"), ((9, 0), "low"), ((10, 0), "resident")):
         transformer = flux2.Flux2Transformer(CONFIG, Kernels(plain_attention, plain_attention))
-        replace(runtime, capability=capability, residency=residency).arrange(transformer)
-        assert transformer.run_single is flux2.single_blocks
-    before = transformer.single_blocks[0].qkv_mlp.weight.clone()
-    replace(runtime, capability=(9, 0)).arrange(transformer)
-    assert transformer.run_single is products.single_blocks
-    after = transformer.single_blocks[0].qkv_mlp.weight
+        replace(runtime, capability=capability, residency=residency).arrange(transformer, vae)
+        assert transformer.fused_blocks is None
+    single, stream = transformer.single_blocks[0], transformer.double_blocks[1].img
+    before, qkv_before = single.qkv_mlp.weight.clone(), stream.qkv.weight.clone()
+    mlp_before = stream.mlp_in.weight.clone()
+    replace(runtime, capability=(9, 0)).arrange(transformer, vae)
+    fused = [level.resample and level.resample.fused for level in vae.decoder.levels]
+    assert all(fused[:-1]) and fused[-1] is None
+    assert isinstance(transformer.fused_blocks, fused_blocks.FusedBlocks)
     qkv, half, gates = 768, 128, 512
-    assert torch.equal(after[:qkv], before[:qkv])
-    assert torch.equal(after[qkv : qkv + half], before[qkv : qkv + half])
-    assert torch.equal(after[qkv + half : qkv + 2 * half], before[qkv + gates :][:half])
+    assert torch.equal(single.qkv_mlp.weight[:qkv], before[:qkv])
+    for after, rows in (
+        (single.qkv_mlp.weight[qkv:], before[qkv:]),
+        (stream.mlp_in.weight, mlp_before),
+    ):
+        assert torch.equal(after[:half], rows[:half])
+        assert torch.equal(after[half : 2 * half], rows[gates:][:half])
+    assert torch.equal(stream.qkv.weight, qkv_before)

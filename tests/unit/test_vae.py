@@ -95,7 +95,7 @@ def test_attention_mixes_all_places_and_chunks_change_nothing() -> None:
 
 
 def test_resampling_halves_and_doubles() -> None:
-    half, double = Downsample(2), Upsample(2, PLAIN)
+    half, double = Downsample(2), Upsample(2)
     assert half(random(1, 2, 10, 6)).shape == (1, 2, 5, 3)
     assert double(random(1, 2, 5, 3)).shape == (1, 2, 10, 6)
 

@@ -1,0 +1,310 @@
+"""The transformer's blocks, made of products that finish their results.
+
+Owns the loop over double and single blocks, the passes between two products, and the order in
+which their weights lie. The plain form is ``Flux2Transformer.run_blocks``. Text and image rows lie
+on end from the first block on: the products of a double block are one launch for both streams, and
+each residual sum is written together with its norm for what comes next. The last block computes no
+row that nobody asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from fluxcore.runtime.quantised import EightBitLinear
+from fluxcore.runtime.triton_kernels import Rope, add_gated, launch
+from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, Heads, half_tables, multiply
+
+FEW_ROWS = 2048
+"""Up to so many, q, k, v and the MLP of a single block are one product; of more, two are faster."""
+
+
+class DoubleBlock(Protocol):
+    attention: Any
+    txt: Any
+    img: Any
+
+
+class SingleBlock(Protocol):
+    eps: float
+    sizes: tuple[int, int]
+    qkv_mlp: nn.Linear
+    qk_norm: Any
+    out: nn.Linear
+    attention: Any
+
+
+class Update(NamedTuple):
+    """What is to be added to the rows of each stream, or of all: [B, L_i, D] each."""
+
+    parts: tuple[Tensor, ...]
+    gate: Tensor
+
+
+class JointWeights(NamedTuple):
+    """Of both streams, those of the text first. Shapes: [2 * 3 D, D], [2 * 2 M, D], [2 * 2 K]."""
+
+    qkv: Tensor
+    mlp_in: Tensor
+    norm: Tensor
+
+
+def fits(transformer: Any) -> bool:
+    """Whether the tiles divide all matrices of the blocks, none of which is in eight bits."""
+    linears = [block.qkv_mlp for block in transformer.single_blocks]
+    for block in transformer.double_blocks:
+        for stream in (block.txt, block.img):
+            linears += [stream.qkv, stream.mlp_in]
+    config = transformer.config
+    is_plain = not any(isinstance(linear, EightBitLinear) for linear in linears)
+    is_even = config.width % COLUMNS == 0 and 2 * config.mlp_width % COLUMNS == 0
+    return is_plain and is_even and config.head_width == HEAD_WIDTH
+
+
+class FusedBlocks:
+    """The blocks of a transformer, whose weights it lays out anew, in place.
+
+    Gates and values of an MLP lie in turns, so that a tile holds both; what text and image are
+    multiplied with lies on end.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._eps: float = transformer.config.norm_eps
+        self._double = [(block, joined_weights(block)) for block in transformer.double_blocks]
+        self._single = list(transformer.single_blocks)
+        for block in self._single:
+            put_in_turns(block.qkv_mlp.weight.data[block.sizes[0] :])
+
+    def __call__(self, img: Tensor, txt: Tensor, mod: Any, pe: Rope, out_tokens: int) -> Tensor:
+        """As ``Flux2Transformer.run_blocks``, for rows that share one noise level."""
+        assert mod.single[0].numel() == img.shape[-1], "all rows share one noise level"
+        turns, split = half_tables(pe), txt.shape[1]
+        # Of both streams, the text's first: [6, 2, D].
+        shift, factor, gate, *of_mlp = torch.stack((mod.txt, mod.img), dim=1).squeeze(2)
+        mlp_shift, mlp_factor, mlp_gate = of_mlp
+        then_shift, then_factor, then_gate = mod.single
+        x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]
+        x, rows = self._next(x, None, shift, factor, split)
+        for number, (block, weights) in enumerate(self._double, start=1):
+            update = Update(_attended(block, weights, rows, turns, split), gate)
+            x, rows = self._next(x, update, mlp_shift, mlp_factor, split)
+            update = Update(_gated(block, weights, rows, split), mlp_gate)
+            if number == len(self._double):
+                shift, factor = then_shift, then_factor
+            x, rows = self._next(x, update, shift, factor, split)
+        for block in self._single[:-1]:
+            update = Update((_updates(block, rows, turns),), then_gate)
+            x, rows = self._next(x, update, then_shift, then_factor, split)
+        kept = slice(split, split + out_tokens)
+        y = _updates(self._single[-1], rows, turns, kept)
+        return add_gated(x[:, kept].contiguous(), then_gate, y)
+
+    def _next(
+        self, x: Tensor, update: Update | None, shift: Tensor, factor: Tensor, split: int
+    ) -> tuple[Tensor, Tensor]:
+        """x with an update, and that modulated for what comes next.
+
+        Shapes: x [B, L, D], contiguous; shift and factor [1, D], or [2, D] for both streams.
+        """
+        _, tokens, width = x.shape
+        rows = torch.empty_like(x)
+        total = x if update is None else torch.empty_like(x)
+        parts, gate = update or Update((x,), shift)
+        launch(
+            _add_and_modulate,
+            (x.numel() // width,),
+            x,
+            parts[0],
+            parts[-1],
+            gate,
+            shift,
+            factor,
+            total,
+            rows,
+            split,
+            tokens,
+            width,
+            # Where the vectors of the second stream begin.
+            gate.numel() - width,
+            shift.numel() - width,
+            self._eps,
+            update is not None,
+            len(parts) == 2,
+            triton.next_power_of_2(width),
+            num_warps=4,
+        )
+        return total, rows
+
+
+def put_in_turns(rows: Tensor) -> None:
+    """Gates, then values, to halves of a tile of each in turns. Shapes: [2 M, D]."""
+    gates, values = (part.unflatten(0, (-1, COLUMNS // 2)) for part in rows.chunk(2))
+    rows.copy_(torch.stack((gates, values), dim=1).flatten(0, 2))
+
+
+def joined_weights(block: DoubleBlock) -> JointWeights:
+    """Weights of both streams on end; the block's own become views of them."""
+    streams = (block.txt, block.img)
+    for stream in streams:
+        put_in_turns(stream.mlp_in.weight.data)
+    joined = []
+    for layer in ("qkv", "mlp_in", "qk_norm"):
+        weights = [getattr(stream, layer).weight for stream in streams]
+        both = torch.cat([weight.data for weight in weights])
+        for weight, part in zip(weights, both.chunk(2), strict=True):
+            weight.data = part
+        joined.append(both)
+    if both.device.type == "cuda":
+        # What held them is of no size that anything else would use.
+        torch.cuda.empty_cache()
+    return JointWeights(*joined)
+
+
+def _attended(
+    block: DoubleBlock, weights: JointWeights, rows: Tensor, turns: Rope, split: int
+) -> tuple[Tensor, ...]:
+    """What attention adds to each stream. Shapes: rows [B, L, D], modulated -> [B, L_i, D]."""
+    norm = block.txt.qk_norm
+    heads = rows.new_empty((*rows.shape[:2], 3 * rows.shape[-1]))
+    multiply(rows, weights.qkv, Heads(heads, weights.norm, norm.eps, turns), first=split)
+    attended = block.attention(*heads_of(heads), None)  # [B, H, L, K]
+    attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
+    return block.txt.out(attended[:, :split]), block.img.out(attended[:, split:])
+
+
+def _gated(
+    block: DoubleBlock, weights: JointWeights, rows: Tensor, split: int
+) -> tuple[Tensor, ...]:
+    """What the MLPs add. Shapes: rows [B, L, D], modulated -> [B, L_i, D] of each stream."""
+    gated = rows.new_empty((*rows.shape[:2], len(weights.mlp_in) // 4))
+    multiply(rows, weights.mlp_in, gated=gated, first=split)
+    return block.txt.mlp_out(gated[:, :split]), block.img.mlp_out(gated[:, split:])
+
+
+def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None = None) -> Tensor:
+    """What a block adds, before its gate. Shapes: rows [B, L, D], modulated -> [B, L_kept, D].
+
+    Args:
+        kept: the rows that are asked for; None: all.
+    """
+    q, k, v, joined = projected(block, rows, turns, kept)
+    attended = block.attention(q, k, v, None)  # [B, H, L_kept, K]
+    _put_before(joined, attended)
+    return block.out(joined)  # type: ignore[no-any-return]
+
+
+def _put_before(joined: Tensor, attended: Tensor) -> None:
+    """Into the first columns. Shapes: joined [B, L, H K + M], attended [B, H, L, K]."""
+    attended = attended.transpose(1, 2)  # [B, L, H, K]
+    if not attended[0, 0].is_contiguous():
+        attended = attended.contiguous()
+    _, tokens, heads, _ = attended.shape
+    width = heads * HEAD_WIDTH
+    launch(
+        _copy_columns,
+        (joined.shape[:2].numel(),),
+        attended,
+        joined,
+        attended.stride(0),
+        attended.stride(1),
+        joined.shape[-1],
+        tokens,
+        width,
+        triton.next_power_of_2(width),
+        num_warps=4,
+    )
+
+
+def projected(
+    block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heads and gated MLP of modulated rows.
+
+    Shapes: rows [B, L, D], turns as ``half_tables`` gives them -> q [B, H, L_kept, K], k and v
+    [B, H, L, K]; joined [B, L_kept, D + M], whose first D columns are left open for what attention
+    gives.
+    """
+    batch, tokens, width = rows.shape
+    qkv_columns, mlp_columns = block.sizes
+    out = rows.new_empty((batch, tokens, qkv_columns))
+    heads = Heads(out, block.qk_norm.weight, block.qk_norm.eps, turns)
+    of_mlp = rows if kept is None else rows[:, kept].contiguous()
+    joined = rows.new_empty((*of_mlp.shape[:2], width + mlp_columns // 2))
+    weight = block.qkv_mlp.weight
+    if kept is None and batch * tokens <= FEW_ROWS:
+        multiply(rows, weight, heads, joined)
+    else:
+        multiply(rows, weight[:qkv_columns], heads)
+        multiply(of_mlp, weight[qkv_columns:], gated=joined)
+    q, k, v = heads_of(out)
+    return q if kept is None else q[:, :, kept], k, v, joined
+
+
+def heads_of(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes: [B, L, 3 H K] -> q, k and v [B, H, L, K]."""
+    q, k, v = out.unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+@triton.jit
+def _copy_columns(source, target, of_item, of_line, stride, tokens, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    place = source + row // tokens * of_item + row % tokens * of_line + at
+    tl.store(target + row * stride + at, tl.load(place, mask=at < width), mask=at < width)
+
+
+@triton.jit
+def _add_and_modulate(
+    x,
+    first,
+    second,
+    gate,
+    shift,
+    factor,
+    total,
+    rows,
+    split,
+    tokens,
+    width,
+    gate_step,
+    norm_step,
+    eps,
+    ADD: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row with what is added to it, from that of its stream, and its norm."""
+    row = tl.program_id(0).to(tl.int64)
+    item, line = row // tokens, row % tokens
+    stream = (line >= split).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        own = row
+        if TWO:
+            own = tl.where(stream == 0, item * split + line, item * (tokens - split) + line - split)
+        of_first = inside & (stream == 0) if TWO else inside
+        added = tl.load(first + own * width + at, mask=of_first, other=0.0).to(tl.float32)
+        if TWO:
+            of_second = inside & (stream == 1)
+            added += tl.load(second + own * width + at, mask=of_second, other=0.0).to(tl.float32)
+        weight = tl.load(gate + stream * gate_step + at, mask=inside, other=0.0)
+        added = added * weight.to(tl.float32) + values
+        # Normed as it is written, so that it is the same as in two kernels.
+        narrow = added.to(total.dtype.element_ty)
+        tl.store(total + row * width + at, narrow, mask=inside)
+        values = narrow.to(tl.float32)
+    mean = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    step = stream * norm_step
+    scaled = normed * tl.load(factor + step + at, mask=inside, other=0.0).to(tl.float32)
+    moved = scaled + tl.load(shift + step + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(rows + row * width + at, moved.to(rows.dtype.element_ty), mask=inside)
