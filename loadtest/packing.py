@@ -5,7 +5,7 @@
 Pictures: the given files, and for each size fractal noise under a little grain, which is
 to an encoder what a photograph is. Every encoder must give the pixels back. Measured are
 Pillow, what the service does (app.engine.png, on one thread and on more), and of
-OpenCV, imagecodecs, zlib-ng and libdeflate ("deflate") those that are installed. Wall time
+OpenCV, imagecodecs, isal and libdeflate ("deflate") those that are installed. Wall time
 is the least of the runs, since other work on the machine only adds to it; beside it
 stand the processor's milliseconds, the median. The last line is JSON.
 """
@@ -112,21 +112,16 @@ def encoders() -> Iterator[tuple[str, Encode]]:
     if codecs := _installed("imagecodecs"):
         for level in (1, 6):
             yield f"imagecodecs, level {level}", partial(_imagecodecs, codecs, level)
-    if zlib_ng := _installed("zlib_ng.zlib_ng"):
-        yield "fluxd's filters, zlib-ng, runs only", partial(_with_deflate, _runs_only(zlib_ng))
+    if isal := _installed("isal.isal_zlib"):
+        yield (
+            "fluxd's filters, isal level 1",
+            partial(_with_deflate, partial(isal.compress, level=1)),
+        )
     if libdeflate := _installed("deflate"):
         yield (
             "fluxd's filters, libdeflate level 1",
             partial(_with_deflate, partial(libdeflate.zlib_compress, compresslevel=1)),
         )
-
-
-def _runs_only(zlib_ng: Any) -> Callable[[bytes], bytes]:
-    def compress(data: bytes) -> bytes:
-        made = zlib_ng.compressobj(1, zlib_ng.DEFLATED, zlib_ng.MAX_WBITS, 9, zlib_ng.Z_RLE)
-        return bytes(made.compress(data) + made.flush())
-
-    return compress
 
 
 def _installed(module: str) -> Any:

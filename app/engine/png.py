@@ -2,8 +2,8 @@
 
 Owns the choice of filter and the compression. Pillow tries all five filters on every row
 and then looks for repetitions that pictures do not have; here a strip takes the filter that
-leaves the smallest residues, and ISA-L's fastest level gives frequent values short codes. That is
-a fraction of the work for smaller files, and strips can be made on any thread.
+leaves the smallest residues, and zlib-ng only looks for runs and gives frequent values short
+codes. That is a fraction of the work for smaller files, and strips can be made on any thread.
 What is in the file depends on the picture alone, not on the machine.
 
 Source: PNG specification, third edition, 9.2 (filters) and 10 (compression); RFC 1950 and
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from isal import isal_zlib as zlib
 from numpy.typing import NDArray
 from PIL import Image
+from zlib_ng import zlib_ng as zlib
 
 Bytes2D = NDArray[np.uint8]
 Map = Callable[[Callable[["Strip"], "Deflated"], Iterable["Strip"]], Iterable["Deflated"]]
@@ -146,7 +146,7 @@ def _mean(first: Bytes2D, second: Bytes2D) -> Bytes2D:
 
 
 def _deflate(strip: Strip) -> Deflated:
-    compressor = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    compressor = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
     packed = compressor.compress(strip.lines)
     packed += compressor.flush(zlib.Z_FINISH if strip.is_last else zlib.Z_SYNC_FLUSH)
     return Deflated(packed, strip.lines.size, zlib.adler32(strip.lines))

@@ -97,10 +97,11 @@ def host_peak_bytes() -> int:
 def _peak_before_exec_kib() -> int:
     """The largest resident size of what ran in this process before; 0 if this was larger."""
     inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return inherited if inherited > _own_peak_kib() else 0
+    own = _own_peak_kib()
+    return inherited if 0 < own < inherited else 0
 
 
 def _own_peak_kib() -> int:
-    """VmHWM, the file of which takes 0.2 ms to read."""
+    """VmHWM, the file of which takes 0.2 ms to read; 0 where the system does not tell it."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
 from fluxcore.runtime.triton_kernels import Rope, add_gated, launch
-from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, Heads, half_tables, multiply
+from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048
 """Up to so many, q, k, v and the MLP of a single block are one product; of more, two are faster."""
@@ -62,7 +63,7 @@ def fits(transformer: Any) -> bool:
             linears += [stream.qkv, stream.mlp_in]
     config = transformer.config
     is_plain = not any(isinstance(linear, EightBitLinear) for linear in linears)
-    is_even = config.width % COLUMNS == 0 and 2 * config.mlp_width % COLUMNS == 0
+    is_even = config.width % COLUMNS == 2 * config.mlp_width % COLUMNS == TEXT_TOKENS % ROWS == 0
     return is_plain and is_even and config.head_width == HEAD_WIDTH
 
 

@@ -108,7 +108,7 @@ def test_a_model_that_a_dtype_draws_wrong_is_found(
         plain = kernels(self)
         if self.dtypes.weights != torch.float16:
             return plain
-        wrong = lambda q, k, v, mask: plain.attention(k[:, :1].expand_as(q), k, v, mask)  # noqa: E731
+        wrong = lambda q, k, v, mask: plain.attention(-q, k, v, mask)  # noqa: E731
         return Kernels(wrong, plain.vae_attention, plain.residual_dtype)
 
     monkeypatch.setattr(Runtime, "kernels", faulty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -446,3 +447,13 @@ def test_attention_groups_queries_and_hides_what_the_mask_hides() -> None:
         assert torch.allclose(found[:, 1], attend(q[:, 1:2], k[:, :1], v[:, :1], mask)[:, 0])
         assert torch.allclose(found[:, 2], attend(q[:, 2:3], k[:, 1:], v[:, 1:], mask)[:, 0])
         assert torch.allclose(found[:, :, 0], v.repeat_interleave(2, dim=1)[:, :, 0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's files")
+def test_a_system_that_tells_no_peak_of_a_process_s_own_has_one_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO("VmRSS:\t  10 kB\n"))
+    memory._peak_before_exec_kib.cache_clear()
+    assert memory.host_peak_bytes() > 2**20
+    memory._peak_before_exec_kib.cache_clear()

@@ -19,6 +19,8 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPV6_CLIENT_BITS = 64
 # Addresses of which it is kept what they mean: most requests come from one of a few.
 ADDRESSES_KEPT = 1024
+# An IPv6 address with its zone, in brackets.
+LONGEST_ADDRESS = 64
 
 
 class TrustedProxies:
@@ -69,8 +71,13 @@ def _peer(scope: Scope) -> _Address | None:
     return None if client is None else _address(client[0])
 
 
-@lru_cache(ADDRESSES_KEPT)
 def _address(text: str) -> _Address | None:
+    # What a proxy passes on may be of any length, and is not to be kept then.
+    return _parsed(text) if len(text) <= LONGEST_ADDRESS else None
+
+
+@lru_cache(ADDRESSES_KEPT)
+def _parsed(text: str) -> _Address | None:
     try:
         address = ipaddress.ip_address(text.strip("[]"))
     except ValueError:
