@@ -183,7 +183,7 @@ class Bench:
         self._same("fused", "fused+graphs")
 
     def phase_one_pass(self) -> None:
-        """Every product in the library, and one kernel for each pass between two of them."""
+        """Every product in the library, one kernel for each pass; the VAE upsamples pixels."""
         pipe = self.pipeline(graphs=True, transformer=self.plain.transformer, vae=self.plain.vae)
         self._measure("products apart+graphs", pipe, self.runs)
         self._distance("plain", "products apart+graphs")

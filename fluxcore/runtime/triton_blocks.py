@@ -2,9 +2,9 @@
 
 Owns the loop over double and single blocks, the passes between two products, and the order in
 which their weights lie. The plain form is ``Flux2Transformer.run_blocks``. Text and image rows lie
-on end from the first block on: the products of a double block are one launch for both streams, and
-each residual sum is written together with its norm for what comes next. The last block computes no
-row that nobody asks for.
+on end from the first block on: the product before a double block's attention and the first of its
+MLP are one launch each for both streams, and each residual sum is written together with its norm
+for what comes next. The last block gives only the rows that are asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class DoubleBlock(Protocol):
 
 
 class SingleBlock(Protocol):
-    eps: float
     sizes: tuple[int, int]
     qkv_mlp: nn.Linear
     qk_norm: Any

@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 
     Attributes:
         out: [B, L, 3 H K], contiguous.
-        weight: of the norms of q and of k, on end; of each stream, [2 K] or [2, 2 K].
+        weight: of the norms of q and of k on end, [2 K], or those of both streams, [2 * 2 K].
         turns: as ``half_tables`` gives them, each [L, K / 2].
     """
 
@@ -72,7 +72,7 @@ def multiply(
     """
     batch, tokens, width = rows.shape
     is_joint = first is not None
-    assert first is None or first % ROWS == 0, f"{first} rows of the first stream"
+    assert (first or 0) % ROWS == 0, f"{first} rows of the first stream"
     columns = len(weight) // (2 if is_joint else 1)
     of_heads = 0 if heads is None else heads.out.shape[-1]
     kept = 0 if gated is None else gated.shape[-1] - (columns - of_heads) // 2

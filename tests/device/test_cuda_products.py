@@ -53,6 +53,17 @@ def test_pictures_are_those_of_the_plain_form(checkpoint: Path) -> None:
             assert torch.equal(latents(graphed, *size), found), size
 
 
+def test_the_same_latents_are_the_same_picture(checkpoint: Path) -> None:
+    plain, fused = loaded(checkpoint, kernels="plain"), loaded(checkpoint)
+    assert all(level.resample.fused for level in fused.vae.decoder.levels[:-1])
+    for width, height in SIZES:
+        drawn = torch.randn(1, fused.config.vae.token_channels, height // 16, width // 16)
+        found, expected = (
+            pipe.vae.decode(drawn.to("cuda", torch.bfloat16)).float() for pipe in (fused, plain)
+        )
+        assert float((found - expected).norm() / expected.norm()) < 0.03, (width, height)
+
+
 def test_fp8_has_the_library_s_products(checkpoint: Path) -> None:
     assert loaded(checkpoint, precision="fp8").transformer.fused_blocks is None
 
