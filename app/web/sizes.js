@@ -42,9 +42,17 @@ export class Sizes {
     this.#side = side;
     const areas = AREAS.filter((factor) => side * factor <= LARGEST);
     $("areas").replaceChildren(...areas.map((factor) => areaChoice(round(side * factor))));
-    if (isFirst && !this.#width.value) this.#area = round(side);
-    if (isFirst && this.#ratio !== "reference") this.#fill();
+    if (isFirst) this.#begin(round(side));
     this.#mark();
+  }
+
+  /** Give the model's own size, but not over sides that somebody typed before it came, or is about to. */
+  #begin(side) {
+    if (this.#ratio === "reference") return;
+    const inputs = [this.#width, this.#height];
+    if (inputs.some((input) => input.value || input === document.activeElement)) return;
+    this.#area = side;
+    this.#fill();
   }
 
   /** What references say: the size of the first, and whether a part of it is marked. */

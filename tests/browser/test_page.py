@@ -52,6 +52,16 @@ def make_small(page: Page) -> None:
     page.get_by_label("Height in pixels").fill("64")
 
 
+def let_go(page: Page, held: list[Any]) -> None:
+    """Let the page's question about the service pass, and wait until it has read the answer."""
+    from playwright.sync_api import expect
+
+    while not held:
+        page.wait_for_timeout(10)
+    held.pop().continue_()
+    expect(page.get_by_label("Steps", exact=True)).to_have_attribute("placeholder", "4")
+
+
 def image_of(page: Page, number: int = 0) -> Image.Image:
     """A picture of the gallery, as it is kept."""
     data = page.evaluate(
@@ -364,6 +374,26 @@ def test_a_job_survives_a_reload_and_another_is_cancelled(service: Service, visi
     expect(waiting(page)).to_have_count(0)
     expect(page.locator("#announcer")).to_have_text("Cancelled")
     assert [entry["status"] for entry in kept(page)] == ["completed"]
+
+
+def test_a_size_typed_before_the_service_is_known_is_kept(service: Service, visit: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = visit(service.url).open()
+    held: list[Any] = []
+    page.route("**/health", lambda route: held.append(route))
+    page.reload()
+    make_small(page)
+    let_go(page, held)
+    expect(page.get_by_label("Width in pixels")).to_have_value("64")
+    expect(page.get_by_label("Height in pixels")).to_have_value("64")
+    # Nor is the model's own size put where somebody is about to type.
+    page.reload()
+    page.get_by_label("Width in pixels").focus()
+    let_go(page, held)
+    page.keyboard.type("64")
+    expect(page.get_by_label("Width in pixels")).to_have_value("64")
+    page.unroute("**/health")
 
 
 def test_more_jobs_than_a_browser_has_connections_all_arrive(service: Service, visit: Any) -> None:
