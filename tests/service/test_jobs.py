@@ -559,7 +559,7 @@ def test_the_same_picture_comes_of_a_job_that_is_run_again(
         url = server.url()
         wait_ready(url)
         with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            job = accept(client, steps=100)
+            job = accept(client, steps=40)
             wait_until(lambda: look(client, job)["status"] == "running")
         server.signal(signal.SIGKILL)
         server.status()
@@ -570,7 +570,7 @@ def test_the_same_picture_comes_of_a_job_that_is_run_again(
             path = f"/v1/jobs/{job['id']}"
             wait_until(lambda: client.get(path).json()["status"] == "completed")
             (image,) = client.get(path).json()["images"]
-            body = {"prompt": "a fox", "width": 64, "height": 64, "steps": 100}
+            body = {"prompt": "a fox", "width": 64, "height": 64, "steps": 40}
             png = {"Accept": "image/png"}
             again = client.post("/v1/generate", json={**body, "seed": image["seed"]}, headers=png)
             assert client.get(f"{path}/images/0").content == again.content

@@ -33,6 +33,9 @@ from tests.service.conftest import Live, StartLive, settings_for_tests, wait_unt
 from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice
 from tests.service.test_policy import make
 
+# Clients of the bundled model that come at once.
+JOBS = 4
+
 
 class JointRun:
     """A fake pipeline's run that knows its prompt."""
@@ -390,19 +393,19 @@ def test_clients_that_come_at_once_each_get_their_own_picture(
     settings = {"device": "cpu", "batching": batching}
     made = settings_for_tests(**settings)
     live = start_live(load=pipeline_loader(None, made), settings=settings)
-    asked = {"width": 64, "height": 64, "steps": 3}
+    asked = {"width": 64, "height": 64, "steps": 2}
 
     def picture(answer: httpx2.Response) -> Any:
         assert answer.status_code == 200
         data = base64.b64decode(answer.json()["images"][0]["b64"])
         return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
-    later = [live.generate_later("a red circle", seed=seed, **asked) for seed in range(6)]
-    wait_until(lambda: live.depth == 5)
+    later = [live.generate_later("a red circle", seed=seed, **asked) for seed in range(JOBS)]
+    wait_until(lambda: live.depth == JOBS - 1)
     go_on.set()
     together = [picture(answer) for answer in answers(later)]
     joint = figure(live, "fluxd_joint_steps_total")
-    alone = [picture(live.generate("a red circle", seed=seed, **asked)) for seed in range(6)]
+    alone = [picture(live.generate("a red circle", seed=seed, **asked)) for seed in range(JOBS)]
     assert figure(live, "fluxd_joint_steps_total") == joint
     assert joint > 0 or batching == "exact"
     for seed, found in enumerate(together):
