@@ -3,12 +3,18 @@
 Owns the names, labels and buckets. The engine and the routes feed it; what can be read
 off the engine at any time is read when somebody looks (``app.api.metrics``). Labels
 take values from short lists only: a client cannot make a new one.
+
+What happens on the way of a request is only noted there, and counted later: by whoever has
+the time, and at the latest when somebody looks. Prometheus' counting is Python of its own
+with a lock for each figure, some twenty times a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,6 +23,8 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
 )
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 # From a tiny model's step to a large model's picture on a slow device, in seconds.
 _WORK_BUCKETS_S = (
@@ -36,11 +44,34 @@ REFUSALS = (
 )  # fmt: skip
 
 
+# Of what is noted no more than this waits to be counted.
+MOST_NOTED = 1000
+
+
+class _CountFirst(Collector):
+    """Stands first in a registry: whoever looks sees all that has happened."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        self._count = count
+
+    def describe(self) -> list[Metric]:
+        """Nothing of its own."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Nothing of its own."""
+        self._count()
+        return iter(())
+
+
 class Metrics:
     """All metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
+        self._noted: deque[Callable[[], None]] = deque()
+        self._counting = threading.Lock()
         registry = self.registry = CollectorRegistry(auto_describe=False)
+        registry.register(_CountFirst(self.count))
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         self._jobs = Counter(
@@ -129,13 +160,24 @@ class Metrics:
         for reason in REFUSALS:
             self._rejections.labels(reason)
 
+    def count(self) -> None:
+        """Count what is noted. Called from any thread that is in nobody's way."""
+        with self._counting:
+            while self._noted:
+                self._noted.popleft()()
+
+    def _note(self, happened: Callable[[], None]) -> None:
+        self._noted.append(happened)
+        if len(self._noted) > MOST_NOTED:
+            self.count()
+
     def rejected(self, reason: str) -> None:
         """A request was refused: no place, no key, a page that may not ask, too much."""
         self._rejections.labels(reason).inc()
 
     def began(self, waited_s: float) -> None:
         """A job's first slice is about to run."""
-        self._queue_wait.observe(waited_s)
+        self._note(partial(self._queue_wait.observe, waited_s))
 
     def joined(self, steps: int) -> None:
         """A job took so many steps together with another's, or with one another."""
@@ -143,6 +185,9 @@ class Metrics:
 
     def sliced(self, stage: str, took_s: float) -> None:
         """The device has run one slice."""
+        self._note(partial(self._count_slice, stage, took_s))
+
+    def _count_slice(self, stage: str, took_s: float) -> None:
         self._busy.inc(took_s)
         if stage == "denoise":
             self._steps.inc()
@@ -154,6 +199,9 @@ class Metrics:
 
     def completed(self, pictures: int, timings_ms: Mapping[str, float]) -> None:
         """A job was answered with pictures."""
+        self._note(partial(self._count_completed, pictures, timings_ms))
+
+    def _count_completed(self, pictures: int, timings_ms: Mapping[str, float]) -> None:
         self._jobs.labels("completed").inc()
         self._images.inc(pictures)
         self._job_time.observe(timings_ms["total"] / 1000)
@@ -169,6 +217,9 @@ class Metrics:
 
     def answered(self, method: str, route: str, status: int, took_s: float) -> None:
         """A request is over."""
+        self._note(partial(self._count_answer, method, route, status, took_s))
+
+    def _count_answer(self, method: str, route: str, status: int, took_s: float) -> None:
         self._requests_of(method, route, status).inc()
         self._request_time_of(route).observe(took_s)
 

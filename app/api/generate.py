@@ -68,7 +68,7 @@ def generate_routes(drawing: Drawing) -> APIRouter:
         if asked.stream:
             kind = AnswerKind(is_json=True, format=asked.output_format or DEFAULT_FORMAT)
         else:
-            kind = choose_answer(request.headers.getlist("accept"), asked.output_format)
+            kind = choose_answer(tuple(request.headers.getlist("accept")), asked.output_format)
         params = plain_params(asked, drawing.settings, drawing.engine.default_side_px)
         if params.n > 1 and not kind.is_json:
             raise InvalidRequestError(

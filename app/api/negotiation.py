@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 from app.api.bodies import JSON_TYPE
@@ -49,7 +50,9 @@ class _Range:
         return 2 if self.subtype == subtype else None
 
 
-def choose_answer(accept: Sequence[str], wanted: PictureFormat | None) -> AnswerKind:
+# A program sends the same header with every request.
+@lru_cache(maxsize=64)
+def choose_answer(accept: tuple[str, ...], wanted: PictureFormat | None) -> AnswerKind:
     """The kind of answer that the client likes best.
 
     JSON wins where nothing more specific is asked for: ``*/*`` or no header at all.

@@ -373,6 +373,7 @@ class Engine:
                 # Last, and not at once: writing it takes a while, and the thread that is to send
                 # the answer would wait for the interpreter all the while.
                 time.sleep(ANSWER_LEAD_S)
+                self.metrics.count()
                 telemetry.log_event(logger, logging.INFO, "job done", fields)
             telemetry.request_id.reset(token)
 

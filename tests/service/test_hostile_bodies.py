@@ -73,8 +73,8 @@ def test_waiting_references_hold_what_the_model_sees_and_no_more() -> None:
 
 
 def test_a_quality_without_its_leading_zero_counts() -> None:
-    assert choose_answer(["image/png;q=.9, application/json;q=.1"], None).format == "png"
-    assert not choose_answer(["image/png;q=.9, application/json;q=.1"], None).is_json
+    assert choose_answer(("image/png;q=.9, application/json;q=.1",), None).format == "png"
+    assert not choose_answer(("image/png;q=.9, application/json;q=.1",), None).is_json
 
 
 LARGE = encode(Image.frombytes("RGB", (900, 900), random.Random(0).randbytes(3 * 900 * 900)))

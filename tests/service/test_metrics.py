@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from app.engine import JobOptions, Packing
 from app.keys import digest_of, new_key
 from app.main import create_app, create_engine
+from app.metrics import MOST_NOTED, Metrics
 from fluxcore import FluxPipeline
 from fluxcore.params import GenerationParams
 from fluxcore.version import __version__
@@ -72,6 +73,30 @@ def test_jobs_steps_pictures_and_times_are_counted(start_live: StartLive) -> Non
     assert value(found, "fluxd_distinct_shapes") == 1
     live.generate("c", width=64, height=64)
     assert value(scraped(live), "fluxd_distinct_shapes") == 2
+
+
+def test_what_is_noted_is_counted_at_the_latest_when_somebody_looks() -> None:
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.sliced("denoise", 0.5)
+    metrics.answered("GET", "/health", 200, 0.001)
+    total = metrics.registry.get_sample_value
+    assert total("fluxd_steps_total") == 3
+    assert total("fluxd_device_busy_seconds_total") == pytest.approx(1.5)
+    assert total("fluxd_steps_total") == 3
+    answers = {"method": "GET", "route": "/health", "status": "200"}
+    assert total("fluxd_http_requests_total", answers) == 1
+
+
+def test_what_nobody_looks_at_does_not_pile_up() -> None:
+    metrics = Metrics()
+    # The first of a registry, so that nothing is shown before all is counted.
+    counted = next(iter(metrics.registry._collector_to_names))
+    metrics.registry.unregister(counted)
+    for _ in range(MOST_NOTED + 1):
+        metrics.sliced("denoise", 0.5)
+    metrics.sliced("denoise", 0.5)
+    assert metrics.registry.get_sample_value("fluxd_steps_total") == MOST_NOTED + 1
 
 
 def test_what_waits_and_runs_is_shown_while_it_does(start_live: StartLive) -> None:

@@ -40,7 +40,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
 def test_the_best_liked_kind_is_chosen(
     accept: list[str], wanted: PictureFormat | None, kind: AnswerKind
 ) -> None:
-    assert choose_answer(accept, wanted) == kind
+    assert choose_answer(tuple(accept), wanted) == kind
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_the_best_liked_kind_is_chosen(
 )
 def test_what_cannot_be_served_is_refused(accept: list[str], wanted: PictureFormat | None) -> None:
     with pytest.raises(NotAcceptableError):
-        choose_answer(accept, wanted)
+        choose_answer(tuple(accept), wanted)
