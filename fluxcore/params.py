@@ -30,6 +30,8 @@ MAX_PROMPT_CHARS = 32_000
 # A prompt needs one such character. Spelled out, because dialects of regular expressions
 # disagree about which of the others are white space; this means the same in all of them.
 SAYS_SOMETHING = r"[^\s\x1c-\x1f\x85\ufeff]"
+# Half of a UTF-16 pair, which stands for no character and cannot be written to any file.
+SURROGATE = r"[\ud800-\udfff]"
 MAX_SEED = 2**63 - 1
 MIN_REFERENCE_SIDE_PX = 64
 MAX_REFERENCE_ASPECT = 8.0
@@ -184,6 +186,11 @@ def _check_prompt(name: str, value: str) -> None:
     if len(value) > MAX_PROMPT_CHARS:
         raise InvalidParamsError(
             name, f"{name} must have at most {MAX_PROMPT_CHARS} characters; got {len(value)}"
+        )
+    half = re.search(SURROGATE, value)
+    if half is not None:
+        raise InvalidParamsError(
+            name, f"{name} must be valid Unicode text; character {half.start()} is half a pair"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -44,7 +45,7 @@ def read_picture(data: bytes, max_pixels: int) -> Image.Image:
         PictureError: another format, too many pixels, scans or parts, animated, truncated
             or corrupt.
     """
-    return _to_rgb(_read(data, max_pixels))
+    return _read(data, max_pixels, _to_rgb)
 
 
 def read_mask(data: bytes, max_pixels: int) -> Image.Image:
@@ -56,22 +57,13 @@ def read_mask(data: bytes, max_pixels: int) -> Image.Image:
     Raises:
         PictureError: as for ``read_picture``, or nothing is marked.
     """
-    picture = _read(data, max_pixels)
-    if _has_alpha(picture):
-        alpha = picture.convert("RGBA").getchannel("A")
-        mask = alpha.point([255] + [0] * 255)
-        rule = "transparent (alpha 0)"
-    else:
-        grey = _eight_bit(picture).convert("L")
-        mask = grey.point([0] * MASK_WHITE + [255] * (256 - MASK_WHITE))
-        rule = "white"
-    if mask.getbbox() is None:
-        raise PictureError(f"marks nothing to draw again; make those parts {rule}")
-    return mask
+    return _read(data, max_pixels, _to_mask)
 
 
-def _read(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode within the limits and turn upright."""
+def _read(
+    data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """Decode within the limits, turn upright and convert, which looks at parts of the file, too."""
     if not data:
         raise PictureError("is empty")
     try:
@@ -79,7 +71,7 @@ def _read(data: bytes, max_pixels: int) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_header(opened, max_pixels)
             opened.load()
-            return ImageOps.exif_transpose(opened)
+            return convert(ImageOps.exif_transpose(opened))
     except CostlyFileError as error:
         raise PictureError(str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -107,6 +99,20 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         page = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(page, layered).convert("RGB")
     return _eight_bit(picture).convert("RGB")
+
+
+def _to_mask(picture: Image.Image) -> Image.Image:
+    if _has_alpha(picture):
+        alpha = picture.convert("RGBA").getchannel("A")
+        mask = alpha.point([255] + [0] * 255)
+        rule = "transparent (alpha 0)"
+    else:
+        grey = _eight_bit(picture).convert("L")
+        mask = grey.point([0] * MASK_WHITE + [255] * (256 - MASK_WHITE))
+        rule = "white"
+    if mask.getbbox() is None:
+        raise PictureError(f"marks nothing to draw again; make those parts {rule}")
+    return mask
 
 
 def _has_alpha(picture: Image.Image) -> bool:

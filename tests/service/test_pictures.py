@@ -6,6 +6,7 @@ import base64
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,17 +108,20 @@ def test_the_pixel_limit_is_inclusive() -> None:
         read_picture(data, 9_999)
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
+
+
 def png_bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises more than its few bytes hold."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", pixels)
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -129,10 +133,21 @@ def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
 
 def test_text_bombs_are_refused() -> None:
     data = file_of(Image.new("L", (8, 8)))
-    bomb = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(5_000_000), 9)
-    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    bomb = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(5_000_000), 9))
     with pytest.raises(PictureError, match="truncated or corrupt"):
-        read_picture(data[:33] + chunk + data[33:], LIMIT)
+        read_picture(data[:33] + bomb + data[33:], LIMIT)
+
+
+@pytest.mark.parametrize("read", [read_picture, read_mask])
+def test_more_transparent_colours_than_a_palette_has_are_refused(
+    read: Callable[[bytes, int], Image.Image],
+) -> None:
+    data = file_of(Image.new("P", (8, 8)))
+    place = data.index(b"IDAT") - 4
+    # Found when the picture is converted, after all of the file has been read.
+    transparency = png_chunk(b"tRNS", bytes(257))
+    with pytest.raises(PictureError, match="truncated or corrupt"):
+        read(data[:place] + transparency + data[place:], LIMIT)
 
 
 SEEDS = [

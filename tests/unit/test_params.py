@@ -73,6 +73,8 @@ def test_strengths_within_bounds_are_taken_with_a_mask(strength: float) -> None:
         ("prompt", None, ["must be text", "NoneType"]),
         ("prompt", b"fox", ["must be text", "bytes"]),
         ("prompt", "x" * (MAX_PROMPT_CHARS + 1), ["at most 32000", "got 32001"]),
+        ("prompt", "a \udcff star", ["valid Unicode", "character 2"]),
+        ("negative_prompt", "\ud83d", ["valid Unicode", "character 0"]),
         ("negative_prompt", 7, ["must be text", "int"]),
         ("negative_prompt", "x" * (MAX_PROMPT_CHARS + 1), ["at most 32000", "got 32001"]),
         ("width", 48, ["multiple of 16 from 64 to 2048", "got 48", "nearest: 64)"]),
