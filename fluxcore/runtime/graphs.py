@@ -13,6 +13,7 @@ same time): PyTorch documentation, "CUDA semantics", "CUDA Graphs".
 from __future__ import annotations
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from fluxcore.runtime.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Record what a function does: its result, which stays where it is, and how to do it again."""
+
+NOT_RECORDABLE = re.compile(r"captur", re.IGNORECASE)
+"""In all that CUDA (its errors 900 to 908) and PyTorch say of work that cannot be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,10 @@ class Graphs:
 
         It runs on the recording's own inputs: a compiler makes another form for tensors that
         lie otherwise in memory, and none can be made while recording.
+
+        Without a recording goes on only what memory is short for or what cannot be recorded.
+        Before it records, CUDA waits for what was launched: a fault of the call itself may come
+        out there, and what the call gave is then worth nothing.
         """
         while len(self._kept) >= self.limit:
             self._kept.popitem(last=False)
@@ -117,7 +127,9 @@ class Graphs:
         first = function(*args)
         try:
             result, play = self._record(lambda: function(*args))
-        except RuntimeError as error:  # too little memory, or an operation that cannot be recorded
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) or NOT_RECORDABLE.search(str(error))):
+                raise
             self._refused.add(key)
             logger.warning("no CUDA graph for this shape, which is drawn without: %s", error)
             return first

@@ -16,10 +16,12 @@ import torch
 
 from fluxcore.errors import OutOfMemoryError
 
-# CUDA raises its own class; MPS and the CPU allocator raise a plain RuntimeError.
+# CUDA's allocator raises its own class; other calls of CUDA, as that which makes a graph ready to
+# be played, MPS and the CPU allocator raise other RuntimeErrors.
 OUT_OF_MEMORY = re.compile(
     r"MPS backend out of memory|Invalid buffer size|INT_MAX|command buffer execution failed"
-    r"|DefaultCPUAllocator: (can't|not enough)|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+    r"|DefaultCPUAllocator: (can't|not enough)|CUDA( error:)? out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 
