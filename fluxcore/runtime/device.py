@@ -130,6 +130,13 @@ class Runtime:
             plain_attention if self.dtypes.vae == torch.float32 else wide_attention,
         )
 
+    def _kernels_told(self) -> str:
+        """As the setting calls them; ``attention`` where of fused ones there is only that."""
+        if self.uses_triton:
+            return "fused"
+        is_own = self.fuses and self._attentions() != (plain_attention, plain_attention)
+        return "attention" if is_own else "plain"
+
     def quantise(self, network: nn.Module, parameter: str) -> int:
         """Put a matrix into eight bits, where that is asked for and can be; bytes freed."""
         if self.precision == "bf16":
@@ -263,7 +270,7 @@ class Runtime:
             "vae_dtype": dtype_name(self.dtypes.vae),
             "residency": self.residency,
             "precision": self.dtypes.name if self.precision == "bf16" else self.precision,
-            "kernels": "triton" if self.uses_triton else "fused" if self.fuses else "plain",
+            "kernels": self._kernels_told(),
             "compiled": "yes" if self.compiles else "no",
             "cuda_graphs": str(0 if self.graphs is None else self.graphs.limit),
             "torch": torch.__version__,

@@ -202,15 +202,15 @@ def test_own_kernels_are_for_bfloat16_where_triton_is(
 ) -> None:
     monkeypatch.setattr(device_module, "missing_for_triton", lambda: None)
     machine(cuda=1, capability=(8, 0))
-    assert choose_runtime("cuda").describe()["kernels"] == "triton"
-    for told, chosen in {
-        "plain": choose_runtime("cuda", kernels="plain"),
-        "fused": choose_runtime("cuda", "float32"),
-    }.items():
+    for kernels in ("auto", "fused"):
+        assert choose_runtime("cuda", kernels=kernels).describe()["kernels"] == "fused"
+    for told, chosen in (
+        ("plain", choose_runtime("cuda", kernels="plain")),
+        ("plain", choose_runtime("cuda", "float32")),
+        ("attention", replace(choose_runtime("cuda"), compiles=True)),  # a compiler makes its own
+    ):
         assert chosen.describe()["kernels"] == told
         assert chosen.kernels().modulated is None
-    # A compiler makes its own.
-    assert not replace(choose_runtime("cuda"), compiles=True).uses_triton
     machine()
     assert choose_runtime("cpu").describe()["kernels"] == "plain"
 
@@ -228,7 +228,7 @@ def test_without_triton_pytorch_s_kernels_do_and_the_log_says_why(
     monkeypatch.setattr(device_module, "missing_for_triton", lambda: "install it")
     machine(cuda=1, capability=(9, 0))
     runtime = choose_runtime("cuda")
-    assert runtime.describe()["kernels"] == "fused"
+    assert runtime.describe()["kernels"] == "attention"
     assert runtime.kernels().modulated is None
     assert "install it" in caplog.text
 
