@@ -1,48 +1,22 @@
-"""The one table of settings: name, type, default and help, read once at start.
+"""The one table of settings: name, type, default and help.
 
-Owns where a setting may come from and which source wins: flags, then
-``FLUXD_*`` environment variables, then a TOML file, then the defaults below.
-Knows nothing of what the settings are used for.
+Knows nothing of where values come from, nor of what they are used for.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import json
-import os
-import re
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from platformdirs import user_cache_path, user_data_path
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
-from app.keys import ApiKey
-from fluxcore.errors import InvalidParamsError
-from fluxcore.params import MAX_REFERENCES, check_side
+from app.settings import checks
+from fluxcore.params import MAX_REFERENCES
 
-ENV_PREFIX = "FLUXD_"
-CONFIG_VARIABLE = "FLUXD_CONFIG"
-# For programs that use a service, not for the service.
-CLIENT_VARIABLES = ("FLUXD_SERVER", "FLUXD_KEY")
-DEFAULT_CONFIG = Path("config/fluxd.toml")
 # Pillow refuses pictures of twice this size by itself and warns above it.
 PILLOW_PIXEL_LIMIT = 89_478_485
-
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
-_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-_HOST_RULE = re.compile(r"\*|(\*\.)?[a-z0-9]([a-z0-9_.-]{0,251}[a-z0-9])?")
-_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-# A value and where it came from, by the setting's name.
-_Found = dict[str, tuple[Any, str]]
-
-
-class SettingsError(Exception):
-    """A setting is unknown, malformed or out of range; the message says where it came from."""
 
 
 class Settings(BaseModel):
@@ -334,19 +308,9 @@ class Settings(BaseModel):
         description="File with the secret that webhooks are signed with: whsec_ and base64.",
     )
 
-    @field_validator("device")
-    @classmethod
-    def _check_device(cls, value: str) -> str:
-        if _DEVICE.fullmatch(value) is None:
-            raise ValueError(f"should be auto, cpu, mps, cuda or cuda:N; got {value!r}")
-        return value
-
-    @field_validator("default_width", "default_height")
-    @classmethod
-    def _check_side(cls, value: int | None) -> int | None:
-        return None if value is None else _checked_side("the default size", value)
-
-    @field_validator(
+    _check_device = field_validator("device")(checks.device)
+    _check_side = field_validator("default_width", "default_height")(checks.default_side)
+    _split_list = field_validator(
         "warm_up_sizes",
         "api_keys",
         "allowed_hosts",
@@ -356,72 +320,17 @@ class Settings(BaseModel):
         "webhook_hosts",
         "webhook_networks",
         mode="before",
+    )(checks.split_list)
+    _check_sizes = field_validator("warm_up_sizes")(checks.sizes)
+    _check_keys = field_validator("api_keys")(checks.keys)
+    _check_hosts = field_validator("allowed_hosts", "remote_image_hosts", "webhook_hosts")(
+        checks.hosts
     )
-    @classmethod
-    def _split_list(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):  # as the settings file writes it
-            try:
-                return tomllib.loads(f"value = {value}")["value"]
-            except tomllib.TOMLDecodeError:
-                raise ValueError(
-                    f'a list is written one,two or ["one", "two"]; got {value!r}'
-                ) from None
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-
-    @field_validator("warm_up_sizes")
-    @classmethod
-    def _check_sizes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for size in value or ():
-            parse_size(size)
-        return value
-
-    @field_validator("api_keys")
-    @classmethod
-    def _check_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = [ApiKey.parse(entry).name for entry in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two keys are named {name!r}; give each its own name")
-        return value
-
-    @field_validator("allowed_hosts", "remote_image_hosts", "webhook_hosts")
-    @classmethod
-    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        lowered = tuple(rule.lower() for rule in value)
-        for rule in lowered:
-            if _HOST_RULE.fullmatch(rule) is None:
-                raise ValueError(f"a host is NAME, *.DOMAIN or *, without a port; got {rule!r}")
-        return lowered
-
-    @field_validator("webhook_hosts")
-    @classmethod
-    def _check_webhook_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "*" in value:
-            raise ValueError("name the hosts that may be told, NAME or *.DOMAIN; got '*'")
-        return value
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        lowered = tuple(origin.lower() for origin in value)
-        for origin in lowered:
-            if _ORIGIN.fullmatch(origin) is None:
-                raise ValueError(f"an origin is scheme://host[:port]; got {origin!r}")
-        return lowered
-
-    @field_validator("trusted_proxies", "remote_image_networks", "webhook_networks")
-    @classmethod
-    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for network in value:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError:
-                raise ValueError(
-                    f"a network is ADDRESS or ADDRESS/BITS, such as 10.0.0.0/8; got {network!r}"
-                ) from None
-        return value
+    _check_webhook_hosts = field_validator("webhook_hosts")(checks.named_hosts)
+    _check_origins = field_validator("cors_origins")(checks.web_origins)
+    _check_networks = field_validator(
+        "trusted_proxies", "remote_image_networks", "webhook_networks"
+    )(checks.networks)
 
     @property
     def is_loopback(self) -> bool:
@@ -463,142 +372,4 @@ class Settings(BaseModel):
         """``warm_up_sizes`` as (width, height) pairs, in pixels."""
         if self.warm_up_sizes is None:
             return None
-        return tuple(parse_size(size) for size in self.warm_up_sizes)
-
-
-@dataclass(frozen=True)
-class LoadedSettings:
-    """Settings and, for each name, where its value came from."""
-
-    values: Settings
-    origins: Mapping[str, str]
-
-    def as_toml(self) -> str:
-        """The effective settings as a TOML file, with help and origin as comments."""
-        blocks = []
-        for name, field in Settings.model_fields.items():
-            value = getattr(self.values, name)
-            line = f"# {name} = ..." if value is None else f"{name} = {toml_value(value)}"
-            blocks.append(f"# {field.description}\n{line}  # {self.origins[name]}")
-        return "\n\n".join(blocks) + "\n"
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``"512x768"`` as (width, height) in pixels.
-
-    Raises:
-        ValueError: when it is not a size, or not one that can be drawn.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"a size is written WIDTHxHEIGHT, such as 512x768; got {text!r}")
-    width, height = int(match[1]), int(match[2])
-    return _checked_side("width", width), _checked_side("height", height)
-
-
-def toml_value(value: Any) -> str:
-    """A setting's value in TOML's notation."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value if isinstance(value, float) else int(value))
-    return json.dumps(str(value), ensure_ascii=False)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known one, or all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known names: {', '.join(sorted(names))}"
-
-
-def load_settings(
-    flags: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-    config: Path | None = None,
-) -> LoadedSettings:
-    """Read all sources once; a flag beats the environment, which beats the file.
-
-    Args:
-        flags: settings given on the command line, by name.
-        environment: variables to read; those of the process when left out.
-        config: the TOML file; ``FLUXD_CONFIG`` or ``config/fluxd.toml`` when left out.
-
-    Raises:
-        SettingsError: for an unknown name, a malformed file or a value out of range.
-    """
-    variables = os.environ if environment is None else environment
-    found: _Found = {}
-    found.update(_from_file(config, variables))
-    found.update(_from_environment(variables))
-    found.update(_known(flags, "flag"))
-    origins = {
-        name: found[name][1] if name in found else "default" for name in Settings.model_fields
-    }
-    try:
-        values = Settings(**{name: value for name, (value, _) in found.items()})
-    except ValidationError as error:
-        raise SettingsError(_explain(error, origins)) from None
-    return LoadedSettings(values, origins)
-
-
-def _from_file(config: Path | None, variables: Mapping[str, str]) -> _Found:
-    named = config or (Path(variables[CONFIG_VARIABLE]) if CONFIG_VARIABLE in variables else None)
-    path = named or DEFAULT_CONFIG
-    if named is None and not path.is_file():
-        return {}
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise SettingsError(f"settings file {path}: {reason}; name one that exists") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
-    return _known(found, f"file {path}")
-
-
-def _from_environment(variables: Mapping[str, str]) -> _Found:
-    known = {f"{ENV_PREFIX}{name.upper()}": name for name in Settings.model_fields}
-    found: _Found = {}
-    for variable, value in variables.items():
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        if variable == CONFIG_VARIABLE or variable in CLIENT_VARIABLES:
-            continue
-        if variable not in known:
-            hint = nearest(variable, [*known, CONFIG_VARIABLE, *CLIENT_VARIABLES])
-            raise SettingsError(f"unknown environment variable {variable}; {hint}")
-        found[known[variable]] = (value, f"environment {variable}")
-    return found
-
-
-def _known(values: Mapping[str, Any], origin: str) -> _Found:
-    for name in values:
-        if name not in Settings.model_fields:
-            raise SettingsError(
-                f"unknown setting {name!r} ({origin}); {nearest(name, Settings.model_fields)}"
-            )
-    return {name: (value, origin) for name, value in values.items()}
-
-
-def _checked_side(name: str, value: int) -> int:
-    try:
-        check_side(name, value)
-    except InvalidParamsError as error:
-        raise ValueError(error.message) from None
-    return value
-
-
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        name = str(problem["loc"][0])
-        reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if problem["type"] != "value_error":
-            reason = f"{reason}; got {problem['input']!r}"
-        lines.append(f"setting {name} ({origins[name]}): {reason}")
-    return "\n".join(lines)
+        return tuple(checks.parse_size(size) for size in self.warm_up_sizes)
