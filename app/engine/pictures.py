@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MASK_WHITE = 128
 
 # What Pillow's readers raise for bytes that are not a sound picture.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -78,7 +78,7 @@ def _read(
         raise PictureError(f"has more than {max_pixels} pixels, the most allowed") from None
     except UnidentifiedImageError:
         raise PictureError("is not a PNG, JPEG or WebP picture") from None
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         raise PictureError("is truncated or corrupt") from None
 
 

@@ -24,6 +24,7 @@ from typing import IO
 from PIL import Image
 
 from app.engine.packing import PackedPicture
+from app.engine.pictures import DECODE_ERRORS
 
 LOCK_FILE = "lock"
 _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
@@ -228,6 +229,11 @@ def _directory_to_disk(directory: Path) -> None:
 
 
 def _read_png(path: Path) -> Image.Image:
-    with Image.open(path, formats=("PNG",)) as opened:
-        opened.load()
-        return opened.copy()
+    try:
+        with Image.open(path, formats=("PNG",)) as opened:
+            opened.load()
+            return opened.copy()
+    except OSError:
+        raise
+    except DECODE_ERRORS as error:
+        raise OSError(f"{path.name} is damaged: {error}") from error

@@ -275,7 +275,11 @@ class JobRunner:
 
     def _submit(self, live: LiveJob) -> bool:
         """Hand one job to the engine. False when it takes none now."""
-        record = self.store.get(live.id).result()
+        try:
+            record = self.store.get(live.id).result()
+        except NotFoundError:
+            # Cancelled and forgotten while it waited; the thread is about to be told.
+            return True
         request = record.request
         options = JobOptions(
             previews=request.previews,

@@ -40,6 +40,25 @@ def test_inputs_come_back_pixel_for_pixel(files: JobFiles) -> None:
         files.read_inputs(job_id, 2, has_mask=True)
 
 
+@pytest.mark.parametrize(
+    ("sound", "damaged"),
+    [
+        # A header cut short, and a type that no chunk has: in Pillow neither is an OSError.
+        (b"\0\0\0\rIHDR", b"\0\0\0\1IHDR"),
+        (b"IDAT", b"\0\0\0\0"),
+    ],
+)
+def test_a_damaged_picture_is_told_as_one(
+    files: JobFiles, tmp_path: Path, sound: bytes, damaged: bytes
+) -> None:
+    job_id = new_job_id()
+    files.write_inputs(job_id, (noise(),), None)
+    path = tmp_path / "data" / "inputs" / job_id / "0.png"
+    path.write_bytes(path.read_bytes().replace(sound, damaged))
+    with pytest.raises(OSError, match=r"0\.png"):
+        files.read_inputs(job_id, 1, has_mask=False)
+
+
 def test_a_request_without_pictures_leaves_no_files(files: JobFiles, tmp_path: Path) -> None:
     job_id = new_job_id()
     assert files.write_inputs(job_id, (), None) == 0

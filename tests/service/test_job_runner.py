@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sqlite3
 import threading
@@ -362,19 +363,48 @@ def test_what_was_running_at_a_crash_runs_alone(start_jobs: Open, data: Path) ->
     assert pipeline.ended == [f"job {i}" for i in range(4)]
 
 
-def test_a_job_whose_pictures_were_lost_fails(start_jobs: Open, data: Path) -> None:
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_job_whose_pictures_were_lost_fails_and_the_next_one_runs(
+    start_jobs: Open, data: Path, is_damaged: bool
+) -> None:
     first = start_jobs()
     first.pipeline.close_gate()
     first.accept()
     references = (Image.new("RGB", (64, 64), "red"),)
     lost = first.accept("lost", references=references)
+    following = first.accept("following")
     after_crash = data.parent / "after-crash"
     shutil.copytree(data, after_crash)
-    shutil.rmtree(after_crash / "inputs")
+    if is_damaged:
+        path = after_crash / "inputs" / lost / "0.png"
+        path.write_bytes(path.read_bytes().replace(b"\0\0\0\rIHDR", b"\0\0\0\1IHDR"))
+    else:
+        shutil.rmtree(after_crash / "inputs")
     second = start_jobs(after_crash)
     error = second.wait(lost, JobStatus.FAILED).error
     assert error is not None and "lost" in str(error["message"])
-    assert second.pipeline.ran == ["a fox"]
+    second.wait(following)
+    assert second.pipeline.ran == ["a fox", "following"]
+
+
+def test_a_waiting_job_that_is_forgotten_leaves_no_trace_in_the_log(
+    start_jobs: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = start_jobs()
+    read = JobStore.get
+
+    def forget_first(store: JobStore, job_id: str) -> Future[JobRecord]:
+        # As a client does just before the thread comes to the job.
+        monkeypatch.setattr(JobStore, "get", read)
+        assert service.runner.cancel(job_id) and service.runner.remove(job_id)
+        return read(store, job_id)
+
+    monkeypatch.setattr(JobStore, "get", forget_first)
+    job_id = service.accept("forgotten")
+    wait_until(lambda: service.runner.unfinished == 0)
+    service.wait(service.accept())
+    assert service.pipeline.ran == ["a fox"] and not service.runner.current(job_id)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_deadline_is_kept_on_the_disk_and_in_the_engine(start_jobs: Open) -> None:
