@@ -18,7 +18,7 @@ from app.errors import ClientLeftError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline import joint_steps
 from tests.service.fake_pipeline import FakePipeline
-from tests.service.test_policy import make
+from tests.service.simulated_device import make
 
 # --- how many ----------------------------------------------------------------
 

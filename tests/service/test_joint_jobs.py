@@ -31,7 +31,7 @@ from fluxcore.params import GenerationParams
 from fluxcore.pipeline.joint_steps import JointSteps
 from tests.service.conftest import Live, StartLive, settings_for_tests, wait_until
 from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice
-from tests.service.test_policy import make
+from tests.service.simulated_device import make
 
 # Clients of the bundled model that come at once.
 JOBS = 4
