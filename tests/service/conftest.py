@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -130,6 +131,12 @@ def restored_logging() -> Iterator[None]:
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Where jobs are kept."""
+    return str(tmp_path / "data")
 
 
 @pytest.fixture

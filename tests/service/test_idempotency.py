@@ -49,11 +49,6 @@ def ask(live: Live, content: bytes = b'{"prompt": "a fox"}') -> httpx2.Response:
         return client.post("/v1/generate", content=content, headers=headers)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    return str(tmp_path / "data")
-
-
 def test_a_repeated_request_gets_the_first_answer(start: Start, data: str) -> None:
     pipeline = FakePipeline()
     client = start(pipeline, data_dir=data)

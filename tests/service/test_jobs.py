@@ -1,15 +1,11 @@
-"""``/v1/jobs``: accept, look, watch, fetch, cancel, list; over HTTP and across restarts."""
+"""``/v1/jobs`` over HTTP: accept, look, fetch, cancel, list, and what is refused."""
 
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import random
-import signal
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,63 +13,12 @@ from typing import Any
 import httpx2
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 from app.jobs.files import JobFiles
 from app.keys import ApiKey, digest_of
-from tests.service.conftest import (
-    PATIENCE_S,
-    Later,
-    Start,
-    StartLive,
-    encode,
-    error_of,
-    wait_until,
-)
-from tests.service.fake_pipeline import FakeModel, FakePipeline
-from tests.service.processes import FLUXD, ServerProcess
-
-SLOW = (sys.executable, "-m", "tests.service.slow_server")
-Client = TestClient | httpx2.Client
-# The form of an id, but nobody's.
-NO_JOB = f"job_{0:032x}"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    return str(tmp_path / "data")
-
-
-def accept(client: Client, prompt: str = "a fox", **given: Any) -> dict[str, Any]:
-    body = {"prompt": prompt, "width": 64, "height": 64, **given}
-    answer = client.post("/v1/jobs", json=body)
-    assert answer.status_code == 202, answer.text
-    job: dict[str, Any] = answer.json()
-    assert answer.headers["location"] == job["urls"]["job"]
-    return job
-
-
-def look(client: Client, job: dict[str, Any]) -> dict[str, Any]:
-    answer = client.get(job["urls"]["job"])
-    assert answer.status_code == 200
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def wait_for(client: Client, job: dict[str, Any], status: str = "completed") -> dict[str, Any]:
-    wait_until(lambda: look(client, job)["status"] == status)
-    return look(client, job)
-
-
-def events_in(text: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(id, name, data) of each event."""
-    found = []
-    for block in text.split("\n\n"):
-        lines = [line for line in block.split("\n") if line and not line.startswith(":")]
-        if lines:
-            fields = dict(line.split(": ", 1) for line in lines)
-            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
-    return found
+from tests.service.conftest import Later, Start, StartLive, encode, error_of, wait_until
+from tests.service.fake_pipeline import FakePipeline
+from tests.service.kept_jobs import NO_JOB, accept, events_in, look, wait_for
 
 
 def test_a_job_is_accepted_drawn_and_fetched(start: Start, data: str) -> None:
@@ -144,23 +89,6 @@ def test_priority_previews_and_time_limit_hold_for_jobs(start_live: StartLive, d
         assert "above 0 to 604800" in error_of(refused)["message"]
 
 
-def test_previews_are_among_a_jobs_events(start_live: StartLive, data: str) -> None:
-    live = start_live(settings={"data_dir": data})
-    live.pipeline.close_gate()
-    told: list[str] = []
-    with live.client() as client:
-        job = accept(client, "seen coming", previews=2, steps=6)
-        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
-            for line in events.iter_lines():
-                live.pipeline.gate.set()
-                told.append(line)
-    names = [line.removeprefix("event: ") for line in told if line.startswith("event: ")]
-    assert names.count("preview") == 2 and names[-1] == "completed"
-    shown = json.loads(told[told.index("event: preview") + 1].removeprefix("data: "))
-    assert (shown["step"], shown["format"], shown["image_index"]) == (2, "png", 0)
-    assert base64.b64decode(shown["b64"]).startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -218,76 +146,6 @@ def test_pictures_whose_files_are_gone_are_404(start: Start, data: str) -> None:
     done = wait_for(client, accept(client))
     (Path(data) / "results" / done["id"] / "0.png").unlink()
     assert client.get(done["images"][0]["url"]).status_code == 404
-
-
-def test_events_tell_the_whole_story_once(start_live: StartLive, data: str) -> None:
-    live = start_live(settings={"data_dir": data})
-    live.pipeline.close_gate()
-    with live.client() as client:
-        job = accept(client, n=2, steps=2)
-        stream = Later(lambda: client.get(job["urls"]["events"]))
-        wait_until(lambda: live.engine.status().running)
-        live.pipeline.gate.set()
-        heard = events_in(stream.answer().text)
-        assert stream.answer().headers["content-type"].startswith("text/event-stream")
-        names = [name for _, name, _ in heard if name != "queued"]
-        assert names[0] == "started" and names[-1] == "completed"
-        # A reader that falls behind misses steps that are over.
-        percents = [told["percent"] for _, name, told in heard if name == "step"]
-        assert percents and {*percents} <= {25.0, 50.0, 75.0, 100.0}
-        assert percents == sorted(percents) and percents[-1] == 100.0
-        last_id, last, told = heard[-1]
-        assert (last_id, last) == ("end", "completed")
-        assert told == {"type": "completed", **look(client, job)}
-        assert len({event_id for event_id, _, _ in heard}) == len(heard)
-
-
-def read_until(lines: Iterator[str], wanted: str) -> None:
-    for line in lines:
-        if line == f"event: {wanted}":
-            return
-    raise AssertionError(f"no {wanted} came")
-
-
-def test_a_client_that_reconnects_gets_the_state_then_what_follows(
-    start_live: StartLive, data: str
-) -> None:
-    live = start_live(settings={"data_dir": data})
-    live.pipeline.close_gate()
-    with live.client() as client:
-        first, second = accept(client, "first"), accept(client, "second")
-        with client.stream("GET", second["urls"]["events"]) as stream:
-            read_until(stream.iter_lines(), "queued")
-        # Leaving the events does not cancel a job.
-        assert look(client, second)["status"] == "queued"
-        assert look(client, second)["position"] >= 1
-        with client.stream("GET", first["urls"]["events"]) as stream:
-            read_until(stream.iter_lines(), "started")
-        live.pipeline.gate.set()
-        wait_for(client, second)
-        for _ in range(2):
-            heard = events_in(client.get(second["urls"]["events"]).text)
-            assert [name for _, name, _ in heard] == ["completed"]
-        # A browser that has heard the end would ask again for ever.
-        ended = client.get(second["urls"]["events"], headers={"Last-Event-ID": heard[-1][0]})
-        assert ended.status_code == 204
-
-
-def test_many_watch_one_job(start_live: StartLive, data: str) -> None:
-    live = start_live(settings={"data_dir": data})
-    live.pipeline.close_gate()
-    with live.client() as client:
-        job = accept(client)
-
-        def watch() -> httpx2.Response:
-            with live.client() as own:
-                return own.get(job["urls"]["events"])
-
-        streams = [Later(watch) for _ in range(10)]
-        wait_until(lambda: live.engine.status().running)
-        live.pipeline.gate.set()
-        for stream in streams:
-            assert events_in(stream.answer().text)[-1][1] == "completed"
 
 
 def test_a_job_is_cancelled_wherever_it_stands(start_live: StartLive, data: str) -> None:
@@ -464,139 +322,6 @@ def test_a_disk_that_takes_nothing_is_said(
     refused = client.post("/v1/jobs", json={"prompt": "a fox"})
     assert refused.status_code == 503 and error_of(refused)["code"] == "storage_failed"
     assert "space" not in refused.text and data not in refused.text
-
-
-def wait_ready(url: str) -> None:
-    wait_until(lambda: httpx2.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200)
-
-
-def finished_lines(server: ServerProcess) -> int:
-    return sum("job done" in line for line in server.lines)
-
-
-def test_ten_accepted_jobs_survive_a_kill_and_finish_once_each(data: str) -> None:
-    picture = encode(Image.effect_noise((96, 64), 80.0).convert("RGB"))
-    with ServerProcess(*SLOW, FLUXD_DATA_DIR=data) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            plain = [accept(client, f"job {i}") for i in range(8)]
-            drawn_from = [
-                accept(client, f"from {i}", width=None, height=None, images=[picture])
-                for i in range(2)
-            ]
-            jobs = [*plain, *drawn_from]
-            wait_for(client, jobs[1])
-            before = {job["id"]: look(client, job) for job in jobs}
-        server.signal(signal.SIGKILL)
-        server.status()
-    done_before = {i for i, job in before.items() if job["status"] == "completed"}
-    assert 2 <= len(done_before) < 10
-    with ServerProcess(*SLOW, FLUXD_DATA_DIR=data) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            page = client.get("/v1/jobs?limit=100").json()
-            assert [job["id"] for job in page["data"]] == [job["id"] for job in reversed(jobs)]
-            after = {}
-            for job in jobs:
-                heard = events_in(client.get(f"/v1/jobs/{job['id']}/events").text)
-                assert heard[-1][1] == "completed"
-                after[job["id"]] = heard[-1][2]
-            for job_id, job in after.items():
-                (image,) = job["images"]
-                fetched = client.get(f"/v1/jobs/{job_id}/images/0")
-                assert len(fetched.content) == image["bytes"]
-            # What had been finished was not done again ...
-            for job_id in done_before:
-                assert after[job_id]["finished"] == before[job_id]["finished"]
-                assert after[job_id]["images"][0]["seed"] == before[job_id]["images"][0]["seed"]
-            # ... and the rest was done once.
-            assert finished_lines(server) == 10 - len(done_before)
-        assert sorted(path.name for path in (Path(data) / "results").iterdir()) == sorted(after)
-        assert list((Path(data) / "inputs").iterdir()) == []
-        server.signal(signal.SIGTERM)
-        assert server.status() == 0, server.output
-        assert "Traceback" not in server.output
-
-
-def test_a_signal_lets_watchers_go_and_jobs_go_on_later(data: str) -> None:
-    with ServerProcess(*SLOW, "0.1", FLUXD_DATA_DIR=data) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            jobs = [accept(client, f"job {i}", steps=30) for i in range(2)]
-            wait_until(lambda: look(client, jobs[0])["status"] == "running")
-            streams = [
-                Later(lambda job=job: httpx2.get(job["urls"]["events"], timeout=PATIENCE_S))
-                for job in jobs
-            ]
-            wait_until(lambda: look(client, jobs[0])["progress"] is not None)
-            server.signal(signal.SIGTERM)
-            for stream in streams:
-                names = [name for _, name, _ in events_in(stream.answer().text)]
-                assert names and not {"completed", "failed", "cancelled"} & set(names)
-        assert server.status() == 0, server.output
-        assert "Traceback" not in server.output
-    with ServerProcess(*SLOW, FLUXD_DATA_DIR=data) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            for job in jobs:
-                wait_until(
-                    lambda job=job: (
-                        client.get(f"/v1/jobs/{job['id']}").json()["status"] == "completed"
-                    )
-                )
-
-
-def test_the_same_picture_comes_of_a_job_that_is_run_again(
-    tiny_checkpoint: Path, data: str
-) -> None:
-    command = (*FLUXD, "serve", "--model", str(tiny_checkpoint), "--port", "0")
-    given = {"FLUXD_DATA_DIR": data, "FLUXD_WARM_UP_SIZES": "", "FLUXD_DEVICE": "cpu"}
-    with ServerProcess(*command, **given) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            job = accept(client, steps=40)
-            wait_until(lambda: look(client, job)["status"] == "running")
-        server.signal(signal.SIGKILL)
-        server.status()
-    with ServerProcess(*command, **given) as server:
-        url = server.url()
-        wait_ready(url)
-        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
-            path = f"/v1/jobs/{job['id']}"
-            wait_until(lambda: client.get(path).json()["status"] == "completed")
-            (image,) = client.get(path).json()["images"]
-            body = {"prompt": "a fox", "width": 64, "height": 64, "steps": 40}
-            png = {"Accept": "image/png"}
-            again = client.post("/v1/generate", json={**body, "seed": image["seed"]}, headers=png)
-            assert client.get(f"{path}/images/0").content == again.content
-
-
-def test_a_job_s_defaults_are_those_of_the_model_that_accepted_it(
-    start_live: StartLive, data: str
-) -> None:
-    first = start_live(settings={"data_dir": data})
-    first.pipeline.close_gate()
-    with first.client() as client:
-        accept(client)
-        first.pipeline.started.wait()
-        job = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
-    first.engine.hurry()
-    first.server.should_exit = True
-    wait_until(lambda: first.engine.status().state in ("draining", "stopped"))
-    first.pipeline.gate.set()
-    first.thread.join(PATIENCE_S)
-    larger = FakePipeline(info=FakeModel(default_side_px=128))
-    with start_live(larger, settings={"data_dir": data}).client() as client:
-        path = f"/v1/jobs/{job['id']}"
-        wait_until(lambda: client.get(path).json()["status"] == "completed")
-        done = client.get(path).json()
-        assert (done["params"]["width"], done["params"]["height"]) == (64, 64)
-        assert done["params"]["steps"] == 4
 
 
 def test_many_clients_at_once_leave_a_clean_house(
