@@ -73,6 +73,11 @@ def log_refusal(method: str, error: ServiceError) -> None:
     )
 
 
+def left_while_sending() -> ClientLeftError:
+    """What ends a request whose body will not come."""
+    return ClientLeftError("the client closed the connection while sending")
+
+
 def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ServiceError:
     """The first of pydantic's problems as an error that names the field.
 
@@ -97,6 +102,7 @@ def from_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str]) -
         return InvalidRequestError("the body must be a JSON object")
     rule = str(problem["msg"]).removeprefix("Value error, ")
     rule = rule.replace("Input should be", f"{param} must be")
+    rule = rule.replace("String should have", f"{param} must have")
     return InvalidRequestError(f"{rule}; got {_got(path, problem['input'])}", param=param)
 
 
@@ -112,7 +118,7 @@ def _as_known(request: Request, error: Exception) -> ServiceError:
         # FastAPI puts where it looked (body, query, ...) before the name.
         return from_problems([{**p, "loc": tuple(p["loc"])[1:]} for p in error.errors()], ())
     if isinstance(error, ClientDisconnect):
-        return ClientLeftError("the client closed the connection while sending")
+        return left_while_sending()
     if isinstance(error, HTTPException):
         return _from_http(request, error)
     return as_service_error(error)

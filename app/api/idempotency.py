@@ -22,9 +22,10 @@ from typing import NamedTuple
 import anyio
 import anyio.to_thread
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.errors import left_while_sending
 from app.api.picture_links import PictureLinks
 from app.errors import InvalidRequestError, StorageError
 from app.jobs.answers import KeptAnswer, KeptAnswers, RequestKey
@@ -79,7 +80,10 @@ class Idempotency:
         if self._answers is None:
             raise keys_are_off()
         request = Request(scope, receive)
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            raise left_while_sending() from None
         key = await request_key(request, body)
         name = (key.client, key.key)
         first = self._running.get(name)

@@ -141,11 +141,16 @@ class JobStore:
             after: the id of the last job of the page before.
 
         Raises (from the future):
-            NotFoundError: there is no job ``after``, or no longer.
+            NotFoundError: the client has no job ``after``, or no longer.
         """
 
         def query(connection: sqlite3.Connection) -> tuple[list[JobRecord], bool]:
-            before = LAST_NUMBER if after is None else _by_id(connection, after).number
+            before = LAST_NUMBER
+            if after is not None:
+                last = _by_id(connection, after)
+                if last.client != client:
+                    raise _no_job()
+                before = last.number
             rows = connection.execute(
                 "SELECT * FROM jobs WHERE client = :client AND number < :before"
                 " AND (:status IS NULL OR status = :status) ORDER BY number DESC LIMIT :limit",
@@ -303,8 +308,12 @@ def _finish(
 def _by_id(connection: sqlite3.Connection, job_id: str) -> JobRecord:
     row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None:
-        raise NotFoundError("there is no such job, or no longer", code="job_not_found")
+        raise _no_job()
     return _record(row)
+
+
+def _no_job() -> NotFoundError:
+    return NotFoundError("there is no such job, or no longer", code="job_not_found")
 
 
 def _by_key(

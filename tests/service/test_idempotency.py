@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import socket
 import time
 from pathlib import Path
@@ -63,6 +64,22 @@ def test_a_repeated_request_gets_the_first_answer(start: Start, data: str) -> No
     assert pipeline.ran == ["a fox"]
     assert post(client, "another", seed=7).json()["images"] == first.json()["images"]
     assert pipeline.ran == ["a fox"] * 2
+
+
+def test_a_client_that_leaves_while_sending_leaves_no_trace_in_the_log(
+    start_live: StartLive, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = start_live(settings={"data_dir": data})
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    connection.sendall(
+        b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Idempotency-Key: k\r\nContent-Length: 1000\r\n\r\n{"
+    )
+    connection.close()
+    # The key stands for nothing yet.
+    assert ask(live).status_code == 200
+    assert live.pipeline.ran == ["a fox"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_bytes_of_a_picture_are_repeated_with_their_headers(start: Start, data: str) -> None:

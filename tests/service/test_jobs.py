@@ -229,6 +229,8 @@ def test_jobs_belong_to_the_key_that_made_them(start: Start, data: str) -> None:
         assert client.get(f"/v1/jobs/{job['id']}{path}", headers=bob).status_code == 404
     assert client.delete(job["urls"]["job"], headers=bob).status_code == 404
     assert client.get("/v1/jobs", headers=bob).json()["data"] == []
+    assert client.get(f"/v1/jobs?after={job['id']}", headers=bob).status_code == 400
+    assert client.get(f"/v1/jobs?after={job['id']}", headers=ann).json()["data"] == []
     assert len(client.get("/v1/jobs", headers=ann).json()["data"]) == 1
     assert client.get(job["urls"]["job"]).status_code == 401
 

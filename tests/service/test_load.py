@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
+from starlette.requests import Request
 
+from app.engine import Job, JobOutcome
 from app.engine.costs import CostModel, WorkLeft
 from fluxcore.params import GenerationParams
 from loadtest.clients import run
@@ -98,3 +103,29 @@ def test_clients_are_let_in_when_they_were_told_and_told_no_longer_than_needed(
         if late <= 0.1 and idle <= 0.35:
             return
     pytest.fail(f"shares of broken promises and of idle time: {seen}")
+
+
+def test_what_has_been_answered_is_held_no_longer(
+    start_live: StartLive, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The test runner keeps records, and those of a failure hold its traceback and so the job.
+    caplog.set_level(logging.CRITICAL)
+    live = start_live(settings={"data_dir": str(tmp_path / "data")})
+    with live.client() as client:
+        for number in range(12):
+            asked = {"prompt": f"a fox {number}", "previews": 2, "stream": number % 2 == 1}
+            for prompt in (asked["prompt"], "oom"):
+                body = {**asked, "prompt": prompt}
+                client.post("/v1/generate", json=body, headers={"Idempotency-Key": f"{body}"})
+            client.post("/v1/images/generations", json={**asked, "stream": False})
+            del asked["stream"]
+            job = client.post("/v1/jobs", json=asked).json()
+            assert "event: completed" in client.get(job["urls"]["events"]).text
+    wait_until(lambda: live.engine.is_idle)
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Job | JobOutcome | Request) for thing in gc.get_objects())
+
+    # A thread that waits may still name what it had last.
+    wait_until(lambda: held() <= 8)
