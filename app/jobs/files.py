@@ -31,6 +31,8 @@ _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 _ANY_ID = re.compile(r"(job|answer)_[0-9a-f]{32}")
 # Input pictures are read once, soon; small files are not worth the time.
 _COMPRESS_LEVEL = 1
+# What a disk must take to count as one that is not full: more than a job's record.
+PROBE_BYTES = 64 * 1024
 # For the one who runs the service only: prompts and pictures are private.
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
@@ -180,6 +182,20 @@ class JobFiles:
     def sweep_answers(self, kept: Iterable[str]) -> None:
         """Remove what a crash left behind."""
         _remove_others(self._answers, kept)
+
+    def probe(self) -> None:
+        """Write a little and remove it again.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        path = self._staging / secrets.token_hex(16)
+        try:
+            with _private_file(path) as file:
+                file.write(bytes(PROBE_BYTES))
+                _to_disk(file)
+        finally:
+            path.unlink(missing_ok=True)
 
     def _put(self, place: Path, write: Callable[[Path], int]) -> int:
         """Write a directory of files beside its place and then move it there."""

@@ -106,7 +106,7 @@ class JobRunner:
 
     @property
     def is_disk_failing(self) -> bool:
-        """Whether something waits to be written that could not be."""
+        """Whether something waits to be written, or a job was refused, because it could not be."""
         return bool(self._late)
 
     def start(self) -> None:
@@ -156,6 +156,7 @@ class JobRunner:
         except (OSError, sqlite3.Error) as error:
             self.files.remove_inputs(new.id)
             logger.error("a job cannot be kept: %s", error)
+            self._inbox.put(self._probe)
             raise StorageError("the job cannot be kept: the disk does not take it") from None
         except ServiceError:
             self.files.remove_inputs(new.id)
@@ -240,6 +241,11 @@ class JobRunner:
             self._late.append((time.monotonic() + DISK_RETRY_S, task))
         except Exception:
             logger.exception("keeping a job failed")
+
+    def _probe(self) -> None:
+        """Try whether the disk takes data again; put off like whatever it does not take."""
+        self.store.probe().result()
+        self.files.probe()
 
     def _tick(self) -> None:
         now_s = time.monotonic()

@@ -242,6 +242,10 @@ class JobStore:
 
         return self._database.read(query)
 
+    def probe(self) -> Future[None]:
+        """Change nothing; fails where no change could be begun."""
+        return self._database.write(lambda _: None)
+
     def ids(self) -> Future[set[str]]:
         """Of all jobs there are."""
         return self._database.read(

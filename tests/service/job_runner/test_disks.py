@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from app.engine import JobOutcome
+from app.errors import StorageError
 from app.jobs import runner as runner_module
 from app.jobs.files import JobFiles
 from app.jobs.opening import open_kept
@@ -44,6 +45,29 @@ def test_a_database_that_fails_delays_jobs_and_loses_none(
     service.wait(job_id)
     assert tried == [job_id] * 3 and files_of(data, "results") == [job_id]
     assert service.pipeline.ran == ["a fox"]
+
+
+@pytest.mark.parametrize("is_of_files", [False, True])
+def test_a_refused_job_shows_that_the_disk_fails_until_it_takes_data_again(
+    start_jobs: Open, data: Path, monkeypatch: pytest.MonkeyPatch, is_of_files: bool
+) -> None:
+    monkeypatch.setattr(runner_module, "DISK_RETRY_S", 0.05)
+    service = start_jobs()
+    probes: list[int] = []
+
+    def fail(*_: Any) -> Any:
+        probes.append(1)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(JobStore, "add", fail)
+        full.setattr(JobFiles if is_of_files else JobStore, "probe", fail)
+        with pytest.raises(StorageError):
+            service.accept()
+        wait_until(lambda: service.runner.is_disk_failing and len(probes) > 3)
+    wait_until(lambda: not service.runner.is_disk_failing)
+    service.wait(service.accept())
+    assert files_of(data, "staging") == []
 
 
 def test_a_database_that_cannot_be_read_for_long_fills_no_memory(
