@@ -151,7 +151,10 @@ async def exchange(
                 answer = await _ask(method, target, destinations, headers, body, max_bytes)
                 if answer.status not in REDIRECTS or "location" not in answer.headers:
                     return answer
-                url = urljoin(url, answer.headers["location"])
+                try:
+                    url = urljoin(url, answer.headers["location"])
+                except ValueError:
+                    raise OutboundError("leads to what is not a valid address") from None
                 if target.scheme == "https" and _target(url).scheme != "https":
                     raise OutboundError("leads from https to an address without encryption")
             return await _ask(method, _target(url), destinations, headers, body, max_bytes)

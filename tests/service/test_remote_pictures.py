@@ -262,6 +262,8 @@ def test_one_private_address_among_several_is_enough_to_refuse(web: Web) -> None
         ("http://user:word@127.0.0.1/", "user name"),
         ("http://127.0.0.1:22/", "port below 1024"),
         ("http://127.0.0.1:6379\\@evil.example/", "percent-encoded"),
+        ("http://[", "not a valid address"),
+        ("http://127.0.0.1]/", "not a valid address"),
         ("/redirect?to=/redirect?to=/redirect%3Fto=/redirect", "expected"),
     ],
 )
