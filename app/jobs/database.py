@@ -33,7 +33,7 @@ class Database:
 
     Raises:
         SchemaError: the file's version is later than the last one of ``schema``.
-        sqlite3.Error: it cannot be opened or is no database.
+        sqlite3.Error: it cannot be opened, is no database, or a damaged one.
     """
 
     def __init__(self, path: Path, schema: Sequence[str]) -> None:
@@ -43,6 +43,7 @@ class Database:
             self._writing.execute("PRAGMA journal_mode = WAL")
             # A commit is on the disk before the client is told of it.
             self._writing.execute("PRAGMA synchronous = FULL")
+            _check(self._writing)
             _migrate(self._writing, schema)
             self._reading = _connect(path)
             self._reading.execute("PRAGMA query_only = ON")
@@ -89,6 +90,13 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     return connection
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    """Damage is told at the start, and not by whatever question meets it first."""
+    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"the database is damaged ({' '.join(found.split())})")
 
 
 def _migrate(connection: sqlite3.Connection, schema: Sequence[str]) -> None:

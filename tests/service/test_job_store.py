@@ -275,6 +275,19 @@ def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
         open_database(tmp_path)
 
 
+def test_a_damaged_database_is_told_when_it_is_opened(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        add(store)
+    path = tmp_path / DATABASE_FILE
+    pages, size = bytearray(path.read_bytes()), 4096
+    # All but the one that says what tables there are.
+    for place in range(size, len(pages), size):
+        pages[place : place + 100] = b"\xaa" * 100
+    path.write_bytes(pages)
+    with pytest.raises(sqlite3.DatabaseError, match="damaged"):
+        open_database(tmp_path)
+
+
 def test_its_files_are_private(store: JobStore, tmp_path: Path) -> None:
     add(store)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
