@@ -77,6 +77,14 @@ def test_graphs_change_no_bit(plain: FluxPipeline, tiny_checkpoint: Path) -> Non
     assert len(graphed.runtime.graphs) > 4
 
 
+def test_the_peak_of_memory_is_pytorch_s_own() -> None:
+    runtime = choose_runtime("cuda", "float32")
+    runtime.reset_peak()
+    block = torch.empty(2**26, device="cuda", dtype=torch.uint8)
+    assert runtime.peak_bytes() == torch.cuda.max_memory_allocated() >= block.nbytes
+    del block
+
+
 def test_graphs_of_few_shapes_are_kept(plain: FluxPipeline, tiny_checkpoint: Path) -> None:
     graphed = _pipeline(tiny_checkpoint, compile_networks="off", cuda_graphs=2)
     for _ in range(2):
