@@ -7,13 +7,17 @@ something unknown. The pictures stay undecoded here.
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.errors import from_problems
 from app.errors import InvalidRequestError, MediaTypeError, ServiceError
@@ -29,6 +33,7 @@ _REFERENCE_PART = re.compile(r"images?(\[[0-9]{0,3}\])?")
 _WHOLE_TEXT = re.compile(r"-?[0-9]{1,40}(\.0{1,3})?")
 # The context of values that are read from their text.
 _AS_TEXT = {"is_text": True}
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 # A file that was sent without a file name arrives as text, its bytes read as latin-1.
 _FILE_STARTS = ("\x89PNG", "\xff\xd8\xff", "RIFF")
 
@@ -157,12 +162,11 @@ async def read_form(request: Request, max_bytes: int) -> Form:
         max_bytes: most bytes of one text part; a picture may come as base64.
 
     Raises:
-        InvalidRequestError: it is no sound form.
+        InvalidRequestError: it is no sound form, or not all of one.
     """
+    _check_charset(request)
     form = Form()
-    async with request.form(
-        max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS, max_part_size=max_bytes
-    ) as parts:
+    async with _parts(request, max_bytes) as parts:
         for name, value in parts.multi_items():
             content = await value.read() if isinstance(value, UploadFile) else value
             # An input that was left empty: a browser sends it all the same.
@@ -181,6 +185,57 @@ async def read_form(request: Request, max_bytes: int) -> Form:
                     form.repeated.add(name)
                 form.fields[name] = content
     return form
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's, which takes a form that stops anywhere for one without what is missing."""
+
+    def __init__(self, headers: Headers, stream: AsyncIterator[bytes], max_bytes: int) -> None:
+        super().__init__(
+            headers,
+            self._to_the_end(stream),
+            max_files=MAX_FORM_PARTS,
+            max_fields=MAX_FORM_PARTS,
+            max_part_size=max_bytes,
+        )
+        self._is_whole = False
+
+    def on_end(self) -> None:
+        """The last boundary has come."""
+        self._is_whole = True
+
+    async def _to_the_end(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        # Told from within the parsing, which then closes the files of what came.
+        if not self._is_whole:
+            raise MultiPartException(
+                "the form is cut short: its last boundary is missing; send it again"
+            )
+
+
+@asynccontextmanager
+async def _parts(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
+    async with aclosing(request.stream()) as stream:
+        try:
+            parts = await _FormParser(request.headers, stream, max_bytes).parse()
+        except MultiPartException as error:
+            raise InvalidRequestError(error.message) from None
+    try:
+        yield parts
+    finally:
+        await parts.close()
+
+
+def _check_charset(request: Request) -> None:
+    """Text is UTF-8, as browsers and libraries send it.
+
+    Python knows a hundred more encodings, of which some fail in ways of their own.
+    """
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1").lower()
+    if charset not in _CHARSETS:
+        raise InvalidRequestError(f"the charset of a form must be utf-8; got {charset:.40}")
 
 
 def _picture(content: Source) -> Source:

@@ -201,9 +201,20 @@ def test_connections_beyond_the_limit_are_told_so_and_beyond_twice_it_cut(
         b"GET / HTTP/1.1\r\nHost: a\r\nBad Header: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100) + b"\r\n\r\n",
     ],
-    ids=["words", "no host", "two hosts", "long", "name", "two lengths", "coding", "tls"],
+    ids=[
+        "words",
+        "no host",
+        "two hosts",
+        "long",
+        "name",
+        "two lengths",
+        "coding",
+        "length and coding",
+        "tls",
+    ],
 )
 def test_what_is_no_http_is_answered_in_the_one_shape(
     live: Live, sent: bytes, log: io.StringIO

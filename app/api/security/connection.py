@@ -181,6 +181,10 @@ class _CountedConnection(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._parts = self._part_bytes = 0
+            names = [name for name, _ in event.headers]
+            if b"content-length" in names and b"transfer-encoding" in names:
+                # A proxy before us may have read the other one, and see two requests in this.
+                raise h11.RemoteProtocolError("a body of two lengths")
         elif isinstance(event, h11.Data):
             self._parts += 1
             self._part_bytes += len(event.data)

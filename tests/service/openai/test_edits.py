@@ -315,6 +315,31 @@ def test_a_broken_form_is_refused_in_the_one_shape(
     assert refusal(answer)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("missing", [1, 3, 8, 30, 200])
+def test_a_form_that_is_cut_is_not_taken_for_a_whole_one(client: TestClient, missing: int) -> None:
+    """Else a reference, or the steps that were asked for, would be left out without a word."""
+    field = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n%s\r\n'
+    whole = field % (b"prompt", b"a fox") + file % IMAGE[1][1] + b"--x--"
+    for path in ("/v1/images/edits", "/v1/generate"):
+        sent = {"headers": {"Content-Type": BOUNDARY}}
+        assert client.post(path, content=whole, **sent).status_code == 200
+        assert client.post(path, content=whole + b"\r\n", **sent).status_code == 200
+        error = refusal(client.post(path, content=whole[:-missing], **sent))
+        assert "cut short" in error["message"]
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "unicode_escape", "nonsense", "\xe9"])
+def test_text_of_a_form_is_utf_8(client: TestClient, charset: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\\ud800\r\n--x--\r\n'
+    for parameter in (f"charset={charset}", f'CHARSET="{charset}"'):
+        sent = {"Content-Type": f"{BOUNDARY}; {parameter}".encode("latin-1")}
+        refusal(client.post("/v1/generate", content=body, headers=sent))
+    for charset in ("utf-8", "UTF-8"):
+        sent = {"Content-Type": f"{BOUNDARY}; charset={charset}".encode()}
+        assert client.post("/v1/generate", content=body, headers=sent).status_code == 200
+
+
 def test_another_type_is_refused(client: TestClient) -> None:
     for path, allowed in (
         ("edits", "application/json or multipart/form-data"),
