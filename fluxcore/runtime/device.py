@@ -275,7 +275,7 @@ class Runtime:
             "precision": self.dtypes.name if self.precision == "bf16" else self.precision,
             "kernels": self._kernels_told(),
             "compiled": "yes" if self.compiles else "no",
-            "cuda_graphs": str(0 if self.graphs is None else self.graphs.limit),
+            "cuda_graphs": "0" if self.graphs is None else self.graphs.describe(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": _system(),

@@ -69,6 +69,11 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def describe(self) -> str:
+        """How many are kept at most, and for how many shapes there can be none."""
+        refused = f" (shapes without one: {len(self._refused)})" if self._refused else ""
+        return f"{self.limit}{refused}"
+
     def wrap(self, function: Function, most_tokens: int) -> Function:
         """The function, recorded on every shape that it is called with.
 

@@ -127,12 +127,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(
         for _ in range(3):
             assert same(call(*inputs(4, 1.0)), total(*inputs(4, 1.0)))
     assert len(caplog.records) == 1, "said once"
+    assert graphs.describe() == "2 (shapes without one: 1)"
     recorder.failure = None
     call(*inputs(4, 1.0))
     assert recorder.recorded == 0, "not tried again"
     graphs.clear()
     call(*inputs(4, 1.0))
     assert recorder.recorded == 1, "until memory was given back"
+    assert graphs.describe() == "2"
 
 
 FAULTS = [
