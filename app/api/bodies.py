@@ -30,9 +30,12 @@ SMALL_BODY_BYTES = 64 * 1024
 MAX_FORM_PARTS = 128
 # Some clients number their pictures, some say that there may be several, some do neither.
 _REFERENCE_PART = re.compile(r"images?(\[[0-9]{0,3}\])?")
+_MASK_PART = "mask"
 _WHOLE_TEXT = re.compile(r"-?[0-9]{1,40}(\.0{1,3})?")
 # The context of values that are read from their text.
 _AS_TEXT = {"is_text": True}
+# Of a name that a client made up, an error shows so much.
+_SHOWN_CHARS = 60
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 # A file that was sent without a file name arrives as text, its bytes read as latin-1.
 _FILE_STARTS = ("\x89PNG", "\xff\xd8\xff", "RIFF")
@@ -174,7 +177,7 @@ async def read_form(request: Request, max_bytes: int) -> Form:
                 continue
             if _REFERENCE_PART.fullmatch(name):
                 form.references.append(_picture(content))
-            elif name == "mask":
+            elif name == _MASK_PART:
                 if form.mask is not None:
                     raise InvalidRequestError("mask must be sent once", param="mask")
                 form.mask = _picture(content)
@@ -188,7 +191,10 @@ async def read_form(request: Request, max_bytes: int) -> Form:
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's, which takes a form that stops anywhere for one without what is missing."""
+    """Starlette's, which takes a form that stops anywhere for one without what is missing.
+
+    And it reads text that is no UTF-8 as latin-1, which is right for a file without a name only.
+    """
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes], max_bytes: int) -> None:
         super().__init__(
@@ -199,6 +205,20 @@ class _FormParser(MultiPartParser):
             max_part_size=max_bytes,
         )
         self._is_whole = False
+
+    def on_part_end(self) -> None:
+        """A part has come."""
+        part = self._current_part
+        if part.file is not None or _is_picture(part.field_name):
+            super().on_part_end()
+            return
+        try:
+            self.items.append((part.field_name, part.data.decode()))
+        except UnicodeDecodeError as error:
+            name = part.field_name[:_SHOWN_CHARS]
+            raise InvalidRequestError(
+                f"{name} must be text in UTF-8; byte {error.start} is none", param=name
+            ) from None
 
     def on_end(self) -> None:
         """The last boundary has come."""
@@ -236,6 +256,10 @@ def _check_charset(request: Request) -> None:
     charset = parameters.get(b"charset", b"utf-8").decode("latin-1").lower()
     if charset not in _CHARSETS:
         raise InvalidRequestError(f"the charset of a form must be utf-8; got {charset:.40}")
+
+
+def _is_picture(name: str) -> bool:
+    return name == _MASK_PART or _REFERENCE_PART.fullmatch(name) is not None
 
 
 def _picture(content: Source) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -338,6 +339,20 @@ def test_text_of_a_form_is_utf_8(client: TestClient, charset: str) -> None:
     for charset in ("utf-8", "UTF-8"):
         sent = {"Content-Type": f"{BOUNDARY}; charset={charset}".encode()}
         assert client.post("/v1/generate", content=body, headers=sent).status_code == 200
+
+
+def test_text_of_a_form_is_not_guessed_at(client: TestClient) -> None:
+    """Read as latin-1, another prompt than the one that was meant would be drawn."""
+    field = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--x--\r\n'
+    ask = partial(client.post, "/v1/generate", headers={"Content-Type": BOUNDARY})
+    for name in ("prompt", "negative_prompt", "nonsense"):
+        error = refusal(ask(content=field % (name.encode(), "a café".encode("latin-1"))))
+        assert error["param"] == name and "UTF-8; byte 5" in error["message"]
+    drawn = {"Content-Type": f"{BOUNDARY}; charset=us-ascii"}
+    first = (field % (b"prompt", b"a fox")).removesuffix(b"--x--\r\n")
+    body = first + field % (b"negative_prompt", "a café".encode())
+    answer = client.post("/v1/generate", content=body, headers=drawn)
+    assert answer.json()["params"]["negative_prompt"] == "a café"
 
 
 def test_another_type_is_refused(client: TestClient) -> None:
