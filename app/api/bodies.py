@@ -36,7 +36,9 @@ _WHOLE_TEXT = re.compile(r"-?[0-9]{1,40}(\.0{1,3})?")
 _AS_TEXT = {"is_text": True}
 # Of a name that a client made up, an error shows so much.
 _SHOWN_CHARS = 60
-_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
+# How forms may be written. The last is what some Java libraries say, and then send.
+_LATIN = "iso-8859-1"
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", _LATIN})
 # A file that was sent without a file name arrives as text, its bytes read as latin-1.
 _FILE_STARTS = ("\x89PNG", "\xff\xd8\xff", "RIFF")
 
@@ -167,7 +169,6 @@ async def read_form(request: Request, max_bytes: int) -> Form:
     Raises:
         InvalidRequestError: it is no sound form, or not all of one.
     """
-    _check_charset(request)
     form = Form()
     async with _parts(request, max_bytes) as parts:
         for name, value in parts.multi_items():
@@ -196,7 +197,9 @@ class _FormParser(MultiPartParser):
     And it reads text that is no UTF-8 as latin-1, which is right for a file without a name only.
     """
 
-    def __init__(self, headers: Headers, stream: AsyncIterator[bytes], max_bytes: int) -> None:
+    def __init__(
+        self, headers: Headers, stream: AsyncIterator[bytes], charset: str, max_bytes: int
+    ) -> None:
         super().__init__(
             headers,
             self._to_the_end(stream),
@@ -204,6 +207,7 @@ class _FormParser(MultiPartParser):
             max_fields=MAX_FORM_PARTS,
             max_part_size=max_bytes,
         )
+        self._encoding = "latin-1" if charset == _LATIN else "utf-8"
         self._is_whole = False
 
     def on_part_end(self) -> None:
@@ -213,7 +217,7 @@ class _FormParser(MultiPartParser):
             super().on_part_end()
             return
         try:
-            self.items.append((part.field_name, part.data.decode()))
+            self.items.append((part.field_name, part.data.decode(self._encoding)))
         except UnicodeDecodeError as error:
             name = part.field_name[:_SHOWN_CHARS]
             raise InvalidRequestError(
@@ -236,9 +240,10 @@ class _FormParser(MultiPartParser):
 
 @asynccontextmanager
 async def _parts(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
+    charset = _charset(request)
     async with aclosing(request.stream()) as stream:
         try:
-            parts = await _FormParser(request.headers, stream, max_bytes).parse()
+            parts = await _FormParser(request.headers, stream, charset, max_bytes).parse()
         except MultiPartException as error:
             raise InvalidRequestError(error.message) from None
     try:
@@ -247,8 +252,8 @@ async def _parts(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
         await parts.close()
 
 
-def _check_charset(request: Request) -> None:
-    """Text is UTF-8, as browsers and libraries send it.
+def _charset(request: Request) -> str:
+    """What a form's text is written in; UTF-8 where nothing is said.
 
     Python knows a hundred more encodings, of which some fail in ways of their own.
     """
@@ -256,6 +261,7 @@ def _check_charset(request: Request) -> None:
     charset = parameters.get(b"charset", b"utf-8").decode("latin-1").lower()
     if charset not in _CHARSETS:
         raise InvalidRequestError(f"the charset of a form must be utf-8; got {charset:.40}")
+    return charset
 
 
 def _is_picture(name: str) -> bool:

@@ -32,8 +32,9 @@ Function = Callable[..., Any]
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Record what a function does: its result, which stays where it is, and how to do it again."""
 
-NOT_RECORDABLE = re.compile(r"captur", re.IGNORECASE)
-"""In all that CUDA (its errors 900 to 908) and PyTorch say of work that cannot be recorded."""
+NOT_RECORDABLE = re.compile(r".*captur", re.IGNORECASE)
+"""The first line of all that CUDA (its errors 900 to 908) and PyTorch say of work that cannot be
+recorded; others may name functions of PyTorch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Graphs:
         try:
             result, play = self._record(lambda: function(*args))
         except RuntimeError as error:
-            if not (is_out_of_memory(error) or NOT_RECORDABLE.search(str(error))):
+            if not (is_out_of_memory(error) or NOT_RECORDABLE.match(str(error))):
                 raise
             self._refused.add(key)
             logger.warning("no CUDA graph for this shape, which is drawn without: %s", error)
@@ -165,9 +166,13 @@ class CudaRecorder:
                 self._stream = torch.cuda.Stream()
             pool = next((graph.pool() for graph in self._made), None)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may ask for memory figures meanwhile.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            # Other threads may ask for memory figures meanwhile. A recording that fails as it ends
+            # does not go back to the stream before.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 result = function()
         self._made.add(graph)

@@ -16,6 +16,7 @@ from fluxcore.kernels import plain_attention
 from fluxcore.pipeline import DenoiseStep
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
+from fluxcore.runtime.graphs import CudaRecorder, Graphs
 from fluxcore.runtime.quantised import FP8, plain_product
 
 pytestmark = [
@@ -83,6 +84,16 @@ def test_the_peak_of_memory_is_pytorch_s_own() -> None:
     block = torch.empty(2**26, device="cuda", dtype=torch.uint8)
     assert runtime.peak_bytes() == torch.cuda.max_memory_allocated() >= block.nbytes
     del block
+
+
+def test_what_cannot_be_recorded_leaves_the_stream_as_it_was() -> None:
+    graphs = Graphs(2, CudaRecorder(torch.device("cuda")))
+    call = graphs.wrap(lambda x: x * x.sum().item(), most_tokens=100)
+    before = torch.cuda.current_stream()
+    for _ in range(2):
+        assert call(torch.ones(1, 4, device="cuda")).tolist() == [[4.0] * 4]
+    assert torch.cuda.current_stream() == before
+    assert graphs.describe() == "2 (shapes without one: 1)"
 
 
 def test_graphs_of_few_shapes_are_kept(plain: FluxPipeline, tiny_checkpoint: Path) -> None:

@@ -348,11 +348,12 @@ def test_text_of_a_form_is_not_guessed_at(client: TestClient) -> None:
     for name in ("prompt", "negative_prompt", "nonsense"):
         error = refusal(ask(content=field % (name.encode(), "a café".encode("latin-1"))))
         assert error["param"] == name and "UTF-8; byte 5" in error["message"]
-    drawn = {"Content-Type": f"{BOUNDARY}; charset=us-ascii"}
     first = (field % (b"prompt", b"a fox")).removesuffix(b"--x--\r\n")
-    body = first + field % (b"negative_prompt", "a café".encode())
-    answer = client.post("/v1/generate", content=body, headers=drawn)
-    assert answer.json()["params"]["negative_prompt"] == "a café"
+    for charset, written in (("us-ascii", "utf-8"), ("ISO-8859-1", "latin-1")):
+        sent = {"Content-Type": f"{BOUNDARY}; charset={charset}"}
+        body = first + field % (b"negative_prompt", "a café".encode(written))
+        answer = client.post("/v1/generate", content=body, headers=sent)
+        assert answer.json()["params"]["negative_prompt"] == "a café"
 
 
 def test_another_type_is_refused(client: TestClient) -> None:
