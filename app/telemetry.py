@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TextIO
@@ -109,6 +110,8 @@ def configure_logging(level: str, line_format: str = "auto", stream: TextIO | No
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    # What is odd about a client's picture; told in words of the picture's own, without an end.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SILENT:

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -85,6 +87,24 @@ def test_configuring_again_replaces_the_handler() -> None:
     configure_logging("info", "plain", first)
     logged("plain", second)
     assert first.getvalue() == "" and second.getvalue().count("hello") == 1
+
+
+WARNING = """
+import sys, warnings
+from app.telemetry import configure_logging
+configure_logging("info", "plain", sys.stdout)
+for i in range(3):
+    warnings.warn_explicit(f"odd {i}", UserWarning, "x.py", i, "PIL.TiffImagePlugin")
+warnings.warn_explicit("of the program", UserWarning, "y.py", 1, "fluxcore")
+"""
+
+
+def test_a_client_s_picture_cannot_fill_the_log() -> None:
+    # In a process of its own: pytest catches warnings itself.
+    told = subprocess.run(
+        [sys.executable, "-c", WARNING], capture_output=True, text=True, check=True
+    ).stdout
+    assert "odd" not in told and "of the program" in told
 
 
 def test_each_job_leaves_one_info_line_without_its_prompt(start_live: StartLive) -> None:
