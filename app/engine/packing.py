@@ -7,6 +7,7 @@ interpreter lock while they compress, so pictures of one job are packed side by 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from PIL import Image
 
 from app.engine.metadata import Provenance, exif, png_text
 from app.engine.png import Deflated, Map, Strip, write_png
+
+logger = logging.getLogger(__name__)
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 PACKING_THREADS = 2
@@ -96,22 +99,27 @@ class PackingPool:
             RuntimeError: the threads have ended.
         """
         remaining = len(pictures)
-        started: list[Future[PackedPicture]] = []
+        packed: list[Future[PackedPicture]] = [Future() for _ in pictures]
 
-        def one_done(_: Future[PackedPicture]) -> None:
+        # Not as a callback of what is submitted, which runs on the worker's thread where the
+        # picture is packed before the callback is there.
+        def work(future: Future[PackedPicture], picture: Image.Image, made: Provenance) -> None:
             nonlocal remaining
+            try:
+                future.set_result(pack_picture(picture, packing, made, self._spread))
+            except Exception as error:  # noqa: BLE001 (told by whom it is delivered to)
+                future.set_exception(error)
             with self._lock:
                 remaining -= 1
                 is_last = remaining == 0
             if is_last:
-                deliver(started)
+                try:
+                    deliver(packed)
+                except Exception:
+                    logger.exception("packed pictures could not be delivered")
 
-        started += [
-            self._pool.submit(pack_picture, picture, packing, made, self._spread)
-            for picture, made in pictures
-        ]
-        for future in started:
-            future.add_done_callback(one_done)
+        for future, (picture, made) in zip(packed, pictures, strict=True):
+            self._pool.submit(work, future, picture, made)
 
     def pack_in_order(
         self,

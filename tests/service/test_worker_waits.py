@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -53,6 +54,32 @@ def test_a_picture_is_packed_while_all_threads_for_strips_are_busy() -> None:
     finally:
         go_on.set()
         pool.close()
+
+
+def test_a_picture_that_is_packed_at_once_is_not_delivered_by_the_worker() -> None:
+    pool, threads = packing.PackingPool(), list[str]()
+    submit = pool._pool.submit
+
+    def submit_and_wait(*given: Any) -> Future[Any]:
+        future = submit(*given)
+        wait([future])
+        return future
+
+    pool._pool.submit = submit_and_wait  # type: ignore[method-assign, assignment]
+    pictures = [(Image.new("RGB", (64, 64)), MADE)] * 2
+    pool.pack(pictures, Packing(), lambda _: threads.append(threading.current_thread().name))
+    pool.close()
+    assert len(threads) == 1 and threads[0].startswith("fluxd-pack")
+
+
+def test_what_cannot_be_delivered_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def deliver(_: object) -> None:
+        raise ValueError("nobody is there")
+
+    pool = packing.PackingPool()
+    pool.pack([(Image.new("RGB", (64, 64)), MADE)], Packing(), deliver)
+    pool.close()
+    assert "nobody is there" in caplog.text
 
 
 def test_the_answer_does_not_wait_for_the_line_in_the_log(
