@@ -30,10 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=3600, help="ends after so long")
     args = parser.parse_args()
-    exact, rough = (FluxPipeline.load(device=args.device, dtype="bfloat16") for _ in "ab")
-    blocks = (*rough.transformer.double_blocks, *rough.transformer.single_blocks)
-    is_plain = (args.precision, args.device) == ("fp8", "cpu")
-    quantise(blocks, PLAIN_FP8 if is_plain else FORMATS[args.precision])
+    exact, rough = FluxPipeline.load(device=args.device, dtype="bfloat16"), rounded(args)
     captions = [Question(*numbered) for numbered in enumerate(held_out_captions(args.captions))]
     edits = [Question(*numbered) for numbered in enumerate(held_out_edits(args.edits))]
     # Mixed, so that a run that ends early has seen both.
@@ -53,6 +50,15 @@ def main() -> None:
         if time.monotonic() > end_s:
             break
     print(json.dumps({**found, "latents, relative, median": statistics.median(distances)}))
+
+
+def rounded(args: argparse.Namespace) -> FluxPipeline:
+    """The bundled model in eight bits."""
+    if (args.precision, args.device) != ("fp8", "cpu"):
+        return FluxPipeline.load(device=args.device, dtype="bfloat16", precision=args.precision)
+    pipe = FluxPipeline.load(device="cpu", dtype="bfloat16", kernels="plain")
+    quantise((*pipe.transformer.double_blocks, *pipe.transformer.single_blocks), PLAIN_FP8)
+    return pipe
 
 
 def drawn(pipe: FluxPipeline, question: Question) -> tuple[bool, torch.Tensor]:

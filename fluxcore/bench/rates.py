@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fluxcore.bench.operations import Attention, Convolution, Part, Product, Work
 from fluxcore.kernels import plain_attention
 from fluxcore.runtime import Runtime
+from fluxcore.runtime.amx_products import fits
 from fluxcore.runtime.quantised import FORMATS, MULTIPLE
 
 BATCHES = 5
@@ -77,6 +78,10 @@ class Rates:
         x = self._random((part.rows, part.inner), dtype)
         weight = self._random((part.columns, part.inner), dtype)
         yield lambda: F.linear(x, weight)
+        amx = self._runtime.amx
+        if amx is not None and fits(weight):
+            in_tiles = amx.packed(weight)
+            yield lambda: amx.linear(x, in_tiles)
         sides_fit = part.inner % MULTIPLE == part.columns % MULTIPLE == 0
         if self._runtime.precision != "bf16" and part.is_block and sides_fit:
             format = FORMATS[self._runtime.precision]
@@ -84,6 +89,9 @@ class Rates:
             columns, of_columns = format.round_rows(weight)
             packed, scales = format.pack(columns), of_columns.t().contiguous()
             yield lambda: format.product(rows, of_rows, packed, scales, dtype)
+            if amx is not None and fits(weight):
+                narrow = amx.packed(columns)
+                yield lambda: amx.int8_linear(x, narrow, scales.flatten())
 
     def _attentions(self, part: Attention) -> Iterator[Call]:
         dtypes, kernels = self._runtime.dtypes, self._runtime.kernels()

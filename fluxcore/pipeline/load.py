@@ -91,6 +91,7 @@ def load_components(
         places["text_encoder"],
         progress,
         left_out["text_encoder"],
+        runtime.lay_out,
     )
     transformer, transformer_report = load_component(
         lambda: Flux2Transformer(config.transformer, kernels),
@@ -99,7 +100,9 @@ def load_components(
         places["transformer"],
         progress,
         left_out["transformer"],
-        lambda network, name: runtime.quantise(network, name) if is_of_block(name) else 0,
+        lambda network, name: (runtime.quantise if is_of_block(name) else runtime.lay_out)(
+            network, name
+        ),
     )
     runtime.arrange(transformer, vae)
     stream = stream_layers(path, config, runtime, encoder, transformer)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fluxcore.errors import DeviceUnavailableError
 from fluxcore.host_memory import give_back_freed_memory
 from fluxcore.kernels import Attention, Kernels, plain_attention
+from fluxcore.runtime.amx_products import AmxProducts, amx_products, fits, pack_layer
 from fluxcore.runtime.attention import (
     chunked_attention,
     contiguous_attention,
@@ -61,6 +62,7 @@ class Runtime:
         precision: what the transformer's large products are multiplied in: the dtype of the
             weights (``bf16``), fp8 or int8.
         fuses: whether CUDA gets attention and element-wise kernels of its own.
+        amx: products of our own on a CPU; None where there are none.
         compiles: whether networks are compiled.
         graphs: recordings of what networks launch; None where there are none.
     """
@@ -73,6 +75,7 @@ class Runtime:
     capability: tuple[int, int] | None = None
     precision: Precision = "bf16"
     fuses: bool = False
+    amx: AmxProducts | None = field(default=None, compare=False)
     compiles: bool = False
     graphs: Graphs | None = field(default=None, compare=False)
 
@@ -132,16 +135,28 @@ class Runtime:
 
     def _kernels_told(self) -> str:
         """As the setting calls them; ``attention`` where of fused ones there is only that."""
-        if self.uses_triton:
+        if self.uses_triton or self.amx is not None:
             return "fused"
         is_own = self.fuses and self._attentions() != (plain_attention, plain_attention)
         return "attention" if is_own else "plain"
 
     def quantise(self, network: nn.Module, parameter: str) -> int:
-        """Put a matrix into eight bits, where that is asked for and can be; bytes freed."""
-        if self.precision == "bf16":
-            return 0
-        return quantise_layer(network, parameter, self.eight_bits(self.precision))
+        """Put a matrix into eight bits, where that is asked for and can be; bytes freed.
+
+        Where it is not, it is laid out for the products of this device.
+        """
+        if self.precision != "bf16":
+            format = self.eight_bits(self.precision)
+            if self.amx is not None and fits(network.get_parameter(parameter)):
+                format = replace(format, pack=self.amx.packed, linear=self.amx.int8_linear)
+            return quantise_layer(network, parameter, format)
+        return self.lay_out(network, parameter)
+
+    def lay_out(self, network: nn.Module, parameter: str) -> int:
+        """Bring a matrix into the order in which this device multiplies; bytes freed: none."""
+        if self.amx is not None:
+            pack_layer(network, parameter, self.amx)
+        return 0
 
     def eight_bits(self, precision: Precision) -> EightBits:
         """How fp8 or int8 numbers are rounded and multiplied here."""
@@ -299,7 +314,8 @@ def choose_runtime(
             ``cuda:N`` or ``cpu``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         precision: ``bf16``, which multiplies in dtype, ``fp8`` or ``int8``.
-        kernels: ``plain``, or ``fused``, which is what ``auto`` takes; differ on CUDA only.
+        kernels: ``plain``, or ``fused``, which is what ``auto`` takes: fluxd's own where there
+            are some, on CUDA and on CPUs with AMX.
         compile_networks: ``auto``, ``on`` or ``off``.
         cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
 
@@ -334,6 +350,8 @@ def choose_runtime(
         logger.warning("pictures take longer than they could: %s", missing)
     if precision == "int8" and compile_networks == "on":
         raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
+    compiling = compiles(kind, compile_networks)
+    packs = kind == "cpu" and dtypes.weights == torch.bfloat16 and kernels != "plain"
     return Runtime(
         device=place,
         kind=kind,
@@ -342,7 +360,8 @@ def choose_runtime(
         capability=capability,
         precision=precision,
         fuses=fuses,
-        compiles=compiles(kind, compile_networks),
+        amx=amx_products() if packs and not compiling else None,
+        compiles=compiling,
         graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
     )
 

@@ -41,6 +41,7 @@ class EightBits:
         product: of rounded rows and packed weights.
         pack: brings rounded weights into the form that ``product`` takes; done once.
         rounding: (x, dtype, largest, smallest) -> as ``round_rows``, in one kernel; None: plain.
+        linear: (x, weight as packed, its scales [N]) -> rounded and multiplied in one; or None.
     """
 
     dtype: torch.dtype
@@ -48,6 +49,7 @@ class EightBits:
     product: ScaledProduct
     pack: Callable[[Tensor], Tensor] = lambda weight: weight
     rounding: Callable[..., tuple[Tensor, Tensor]] | None = None
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def round_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows scaled to the format's range, and rounded.
@@ -135,6 +137,8 @@ class EightBitLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale.t().contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.format.linear is not None:
+            return self.format.linear(x, self.weight, self.weight_scale.flatten())
         rows, scale = self.format.round_rows(x.flatten(0, -2))  # [M, K], [M, 1]
         return self.multiply(rows, scale, x.dtype).view(*x.shape[:-1], -1)  # [..., N]
 

@@ -212,7 +212,7 @@ def test_own_kernels_are_for_bfloat16_where_triton_is(
         assert chosen.describe()["kernels"] == told
         assert chosen.kernels().modulated is None
     machine()
-    assert choose_runtime("cpu").describe()["kernels"] == "plain"
+    assert choose_runtime("cpu", kernels="plain").describe()["kernels"] == "plain"
 
 
 def test_steps_are_queued_ahead_on_cuda_unless_layers_are_streamed() -> None:
