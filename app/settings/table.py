@@ -44,8 +44,8 @@ class Settings(BaseModel):
     )
     kernels: Literal["auto", "plain", "fused"] = Field(
         default="auto",
-        description="CUDA only: plain: PyTorch's kernels; fused, which is auto: fluxd's own in "
-        "Triton, and, from Hopper on, cuDNN's attention.",
+        description="Plain: PyTorch's kernels; fused, which is auto: fluxd's own. On CUDA in "
+        "Triton, and, from Hopper on, cuDNN's attention; on a CPU with AMX, its products.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="off",

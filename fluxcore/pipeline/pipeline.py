@@ -148,7 +148,7 @@ class FluxPipeline:
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
             precision: bf16, which multiplies in dtype, or fp8 (CUDA) or int8 (CPU).
-            kernels: auto, plain or fused, which differ on CUDA only.
+            kernels: auto, plain or fused, which differ on CUDA and on CPUs with AMX.
             compile_networks: auto, on or off. The first picture waits for the compiler.
             compiled_store: directory in which compiled code outlives the process; None leaves
                 that to PyTorch.

@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -253,6 +254,145 @@ void pack(const typename Kind::Number* weights, char* to, long columns, long inn
     }
 }
 
+
+// 2 to the power of x, for x of at most 0, to 3e-6, and never less than the least normal number. The
+// polynomial is that of exp(x log 2), cut off.
+__m512 power_of_two(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);  // -0.5 to 0.5
+  __m512 sum = _mm512_set1_ps(1.3333558e-3f);
+  for (float factor : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(factor));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+// A matrix whose rows lie apart.
+struct Rows {
+  const uint16_t* first;
+  long stride;  // in numbers
+  const uint16_t* operator[](long row) const { return first + row * stride; }
+};
+
+// Keys [tokens, width] as weights whose columns are the keys; what is missing to a panel is zero.
+void pack_keys(Rows keys, long tokens, long width, uint32_t* to) {
+  for (long panel = 0; panel < panels_of(tokens); panel++)
+    for (long step = 0; step < width / Bf16::NUMBERS; step++, to += STEP / 4)
+      for (long column = 0; column < PANEL; column++) {
+        const long key = panel * PANEL + column;
+        const auto* row = (const uint32_t*)(keys[key < tokens ? key : 0] + step * Bf16::NUMBERS);
+        for (long pair = 0; pair < 16; pair++)
+          to[column / 16 * 256 + pair * 16 + column % 16] = key < tokens ? row[pair] : 0;
+      }
+}
+
+// Values [tokens, width] as weights whose columns are the width, one panel of 32 after the other.
+void pack_values(Rows values, long tokens, long width, uint32_t* to) {
+  for (long panel = 0; panel < width / PANEL; panel++)
+    for (long step = 0; step < panels_of(tokens); step++, to += STEP / 4)
+      for (long pair = 0; pair < 16; pair++)
+        for (long half = 0; half < 2; half++) {
+          const long token = step * PANEL + 2 * pair, column = panel * PANEL + 16 * half;
+          const auto take = [&](long row) {
+            if (row >= tokens) return _mm512_setzero_si512();
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(values[row] + column)));
+          };
+          const __m512i both = _mm512_or_si512(take(token), _mm512_slli_epi32(take(token + 1), 16));
+          _mm512_store_si512(to + half * 256 + pair * 16, both);
+        }
+}
+
+// Scores of 32 queries, as tiles of one panel of keys after the other, to weights in bf16, as the
+// rows of a product, and the sum of each query's.
+void soften(float* scores, long tokens, float factor, char* weights, float* sums) {
+  const long panels = panels_of(tokens);
+  for (long key = tokens; key < panels * PANEL; key++)  // of no key
+    for (long query = 0; query < PANEL; query++)
+      scores[key / PANEL * PANEL * PANEL + key % PANEL / 16 * 256 + query / 16 * 512 +
+             query % 16 * 16 + key % 16] = -INFINITY;
+  const __m512 by = _mm512_set1_ps(factor);
+  for (long query = 0; query < PANEL; query++) {
+    const float* line = scores + query / 16 * 512 + query % 16 * 16;
+    __m512 most[2] = {_mm512_load_ps(line), _mm512_load_ps(line + 256)};
+    for (long panel = 1; panel < panels; panel++)
+      for (long half = 0; half < 2; half++)
+        most[half] = _mm512_max_ps(
+            most[half], _mm512_load_ps(line + panel * PANEL * PANEL + half * 256));
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1]));
+    const __m512 less = _mm512_set1_ps(largest * factor);
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (long panel = 0; panel < panels; panel++) {
+      __m512 part[2];
+      for (long half = 0; half < 2; half++) {
+        const __m512 score = _mm512_load_ps(line + panel * PANEL * PANEL + half * 256);
+        part[half] = power_of_two(_mm512_fmsub_ps(score, by, less));
+        sum[half] = _mm512_add_ps(sum[half], part[half]);
+      }
+      _mm512_store_si512(weights + panel * STEP + query * LINE,
+                         (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]));
+    }
+    sums[query] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+  }
+}
+
+struct Heads {
+  const uint16_t* first;
+  long head, row;  // strides, in numbers
+  Rows operator[](long index) const { return {first + index * head, row}; }
+};
+
+void attend(Heads q, Heads k, Heads v, Heads out, long heads, long queries, long tokens, long width,
+            char* buffers, long buffer, int threads) {
+  const long steps = width / Bf16::NUMBERS, key_panels = panels_of(tokens);
+  const long parts = std::max(1L, std::min(panels_of(queries), (2 * threads + heads - 1) / heads));
+  const long part = (panels_of(queries) + parts - 1) / parts;
+  std::atomic<long> next_task{0};
+  std::atomic<int> next_thread{0};
+  const float factor = 1.44269504f / std::sqrt(float(width));  // log2(e): powers of two are taken
+#pragma omp parallel num_threads(threads)
+  {
+    char* mine = buffers + next_thread++ * buffer;
+    char* keys = mine;
+    char* values = keys + key_panels * steps * STEP;
+    char* rows = values + key_panels * steps * STEP;
+    char* weights = rows + steps * STEP;
+    float* scores = (float*)(weights + key_panels * STEP);
+    float* sums = scores + key_panels * PANEL * PANEL;
+    float* finished = sums + PANEL;
+    take_tiles();
+    long packed = -1;
+    for (long task; (task = next_task++) < heads * parts;) {
+      const long head = task / parts;
+      if (packed != head) {
+        pack_keys(k[head], tokens, width, (uint32_t*)keys);
+        pack_values(v[head], tokens, width, (uint32_t*)values);
+        packed = head;
+      }
+      const long end = std::min((task % parts + 1) * part, panels_of(queries));
+      for (long panel = task % parts * part; panel < end; panel++) {
+        const long count = std::min(PANEL, queries - panel * PANEL);
+        const Rows asked = q[head];
+        lay_out<Bf16>(asked[panel * PANEL], asked.stride, 0, count, width, 1, rows, nullptr);
+        for (long key = 0; key < key_panels; key++)
+          multiply<Bf16>(rows, keys + key * steps * STEP, scores + key * PANEL * PANEL, steps, true);
+        soften(scores, tokens, factor, weights, sums);
+        for (long column = 0; column < width / PANEL; column++) {
+          multiply<Bf16>(weights, values + column * key_panels * STEP, finished, key_panels, true);
+          for (long query = 0; query < count; query++) {
+            const float* line = finished + query / 16 * 512 + query % 16 * 16;
+            const __m512 by = _mm512_set1_ps(1 / sums[query]);
+            const __m512bh done = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(line + 256), by),
+                                                      _mm512_mul_ps(_mm512_load_ps(line), by));
+            auto* to = (uint16_t*)out[head][panel * PANEL + query] + column * PANEL;
+            _mm512_storeu_si512(to, (__m512i)done);
+          }
+        }
+      }
+    }
+    _tile_release();
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -280,5 +420,19 @@ void fluxd_product_int8(const uint16_t* x, long stride, const char* weights,
                         int threads) {
   product<Int8>(x, stride, weights, weight_scales, out, rows, inner, columns, block, laid_out,
                 scales, sums, threads);
+}
+
+// softmax(q k / sqrt(width)) v. Strides are in numbers, of a head and of a row. A thread's buffer is
+// what ``fluxd_attention_bytes`` says, aligned to 64 bytes.
+long fluxd_attention_bytes(long tokens, long width) {
+  const long panels = panels_of(tokens), steps = width / Bf16::NUMBERS;
+  return (2 * panels * steps + steps + panels) * STEP + (panels * PANEL + 1 + PANEL) * PANEL * 4;
+}
+void fluxd_attention(const uint16_t* q, long q_head, long q_row, const uint16_t* k, long k_head,
+                     long k_row, const uint16_t* v, long v_head, long v_row, uint16_t* out,
+                     long out_head, long out_row, long heads, long queries, long tokens, long width,
+                     char* buffers, int threads) {
+  attend({q, q_head, q_row}, {k, k_head, k_row}, {v, v_head, v_row}, {out, out_head, out_row}, heads,
+         queries, tokens, width, buffers, fluxd_attention_bytes(tokens, width), threads);
 }
 }

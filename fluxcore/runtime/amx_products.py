@@ -1,9 +1,9 @@
-"""Matrix products of our own on CPUs with AMX, beside PyTorch's.
+"""Matrix products and attention of our own on CPUs with AMX, beside PyTorch's.
 
 Owns the building and loading of ``amx_products.cpp``, the packing of weights into its layout, and
 the layers that are multiplied by it: in bf16, and in int8 with a scale a row, where rows are
-rounded on their way into the tiles. The plain forms are ``F.linear`` and
-``quantised.plain_product``.
+rounded on their way into the tiles. The plain forms are ``F.linear``,
+``quantised.plain_product`` and ``kernels.plain_attention``.
 
 A sum depends on its row and its column alone, in one order, so that the rows that share a product
 change no bit of each other.
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from fluxcore.kernels import plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,17 @@ class AmxProducts:
             *(pointer, pointer, pointer, ctypes.c_int),
         )
         self._bf16.restype = self._int8.restype = None
+        self._attention, self._attention_bytes = (
+            library.fluxd_attention,
+            library.fluxd_attention_bytes,
+        )
+        lying = (pointer, number, number)
+        self._attention.argtypes = (
+            *(*lying, *lying, *lying, *lying),
+            *(*sizes, pointer, ctypes.c_int),
+        )
+        self._attention.restype = None
+        self._attention_bytes.argtypes, self._attention_bytes.restype = (number, number), number
 
     def packed(self, weight: Tensor) -> Tensor:
         """Weights in the order in which they are multiplied.
@@ -118,6 +131,27 @@ class AmxProducts:
             )
         return out.view(*x.shape[:-1], len(packed))
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """As ``kernels.plain_attention``, which is used for masks and grouped heads.
+
+        Shapes: q [B, H, L_q, K], k and v [B, H, L, K] -> [B, H, L_q, K], lying as [B, L_q, H, K].
+        """
+        heads, queries, width = q.shape[1:]
+        tokens, is_whole = k.shape[2], k.shape[1] == heads and queries > 0
+        lie = all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
+        if mask is not None or not lie or not is_whole or width % PANEL:
+            return plain_attention(q, k, v, mask)
+        out = q.new_empty(len(q), queries, heads, width).transpose(1, 2)  # [B, H, L_q, K]
+        threads = torch.get_num_threads()
+        buffers = torch.empty(threads * self._attention_bytes(tokens, width), dtype=torch.uint8)
+        for number in range(len(q)):
+            lying = ((x[number].data_ptr(), x.stride(1), x.stride(2)) for x in (q, k, v, out))
+            self._attention(
+                *(argument for each in lying for argument in each),
+                *(heads, queries, tokens, width, buffers.data_ptr(), threads),
+            )
+        return out
+
 
 class AmxLinear(nn.Module):
     """A linear layer without bias on packed weights. Shapes: x [..., K] -> [..., N], bf16."""
@@ -135,9 +169,9 @@ def pack_layer(network: nn.Module, parameter: str, products: AmxProducts) -> Non
     """Replace the linear layer that a parameter belongs to, if it has no bias and ``fits``."""
     name, _, leaf = parameter.rpartition(".")
     layer = network.get_submodule(name)
-    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+    if leaf != "weight" or not isinstance(layer, nn.Linear):
         return
-    if leaf == "weight" and fits(layer.weight):
+    if len(list(layer.parameters())) == 1 and fits(layer.weight):
         network.set_submodule(name, AmxLinear(layer, products))
 
 

@@ -123,6 +123,8 @@ class Runtime:
         """For transformer and text encoder, and for the VAE."""
         if self.kind == "mps":
             return contiguous_attention, chunked_attention
+        if self.amx is not None:
+            return self.amx.attention, plain_attention
         if self.kind != "cuda" or not self.fuses:
             return plain_attention, plain_attention
         # Neither takes float32.

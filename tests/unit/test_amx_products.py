@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore import FluxPipeline
+from fluxcore.kernels import plain_attention
 from fluxcore.runtime import amx_products as module
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.amx_products import AmxLinear, AmxProducts, amx_products, fits, pack_layer
@@ -62,7 +63,9 @@ def test_bf16_is_the_exact_product_rounded_once(
     x, weight = random(rows, inner), random(columns, inner)
     made = products.linear(x, products.packed(weight))
     exact = x.float() @ weight.float().t()
-    assert distance(made, exact) < 5e-3  # 3.2e-3 measured of few numbers, 1.7e-3 of many; F.linear the same
+    assert (
+        distance(made, exact) < 5e-3
+    )  # 3.2e-3 measured of few numbers, 1.7e-3 of many; F.linear the same
     assert distance(made, F.linear(x, weight)) < 5e-4  # 5e-5 measured
 
 
@@ -116,6 +119,44 @@ def test_other_rows_and_threads_change_no_bit(products: AmxProducts) -> None:
             assert torch.equal(products.linear(x, packed), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("heads", "queries", "tokens", "width"),
+    [(1, 1, 1, 32), (3, 45, 77, 64), (24, 32, 96, 128), (2, 300, 300, 128), (5, 64, 1030, 256)],
+)
+def test_attention_is_as_exact_as_pytorch_s(
+    heads: int, queries: int, tokens: int, width: int, products: AmxProducts
+) -> None:
+    q = random(2, queries, heads, width).transpose(1, 2) * 3
+    k, v = random(2, heads, tokens, width), random(2, heads, tokens, width + 64)[..., 64:]
+    made = products.attention(q, k, v, None)
+    exact = plain_attention(q.float(), k.float(), v.float(), None)
+    assert made.shape == exact.shape
+    assert distance(made, exact) < 6e-3  # 1.9e-3 to 3e-3 measured, and for PyTorch's the same
+    assert torch.equal(products.attention(q[1:], k[1:], v[1:], None), made[1:])
+
+
+@needs_amx
+def test_attention_of_keys_far_apart_and_of_nonsense(products: AmxProducts) -> None:
+    q, k, v = (random(1, 2, 70, 64) for _ in "qkv")
+    q[..., 5, :] *= 1000  # one key takes all the weight
+    exact = plain_attention(q.float(), k.float(), v.float(), None)
+    assert distance(products.attention(q, k, v, None), exact) < 6e-3
+    v[0, 1, 3, 0] = torch.nan
+    made = products.attention(q, k, v, None)
+    assert made[0, 1, :, 0].isnan().all()
+    assert made[0, 0].isfinite().all()
+
+
+@needs_amx
+def test_masks_and_grouped_heads_are_pytorch_s(products: AmxProducts) -> None:
+    q, k, v = random(1, 4, 40, 64), random(1, 2, 40, 64), random(1, 2, 40, 64)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    for grouped, seen in (((k, v), None), ((k, v), mask), ((q, q), mask)):
+        made = products.attention(q, *grouped, seen)
+        assert torch.equal(made, plain_attention(q, *grouped, seen))
 
 
 @needs_amx
