@@ -88,7 +88,9 @@ def stream_layers(
     plan = weight_plan(config.text_encoder)
     directory, place = path / "text_encoder", places["text_encoder"]
     encoder.embedding = stored_embedding(plan, directory, place, EMBEDDING)
-    layers = streamed_layers(encoder, plan, directory, place, names["text_encoder"])
+    layers = streamed_layers(
+        encoder, plan, directory, place, names["text_encoder"], runtime.ordering
+    )
     encoder_layers = len(layers)
     following = [*range(1, encoder_layers), 0]
     if names["transformer"]:
@@ -98,6 +100,7 @@ def stream_layers(
             path / "transformer",
             places["transformer"],
             names["transformer"],
+            runtime.ordering,
         )
         # After a prompt the modulations come, and after the last block the next step's first.
         following = [*range(1, len(layers)), encoder_layers + 1]
@@ -166,4 +169,5 @@ def work_bytes(config: CheckpointConfig, runtime: Runtime, side_px: int) -> int:
     denoise = tokens * (row * runtime.dtypes.weights.itemsize + rotated)
     widest = max(vae.decoder_channels[:2])
     decode = 4 * widest * side_px**2 * runtime.dtypes.vae.itemsize
-    return max(denoise, decode)
+    own = 0 if runtime.amx is None else runtime.amx.work_bytes(tokens, transformer.head_width)
+    return max(denoise + own, decode)

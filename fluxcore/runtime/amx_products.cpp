@@ -54,6 +54,7 @@ void take_tiles() {
     shapes.row_bytes[tile] = 64;
     shapes.rows[tile] = 16;
   }
+  asm volatile("" : : "m"(shapes));
   _tile_loadconfig(&shapes);
 }
 
@@ -70,6 +71,7 @@ long place(long panel, long step, long panels, long steps, long block) {
 // 32 rows times 32 columns over one slice, added to what the sums hold unless it is the first.
 template <class Kind>
 void multiply(const char* rows, const char* weights, float* sums, long steps, bool is_first) {
+  asm volatile("" ::: "memory");  // all that was written before is read by the tiles
 #define MULTIPLY(sum, row, column)                \
   if constexpr (std::is_same_v<Kind, Bf16>)       \
     _tile_dpbf16ps(sum, row, column);             \
@@ -254,11 +256,10 @@ void pack(const typename Kind::Number* weights, char* to, long columns, long inn
     }
 }
 
-
 // 2 to the power of x, for x of at most 0, to 3e-6, and never less than the least normal number. The
 // polynomial is that of exp(x log 2), cut off.
 __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // in this order what is no number stays none
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);  // -0.5 to 0.5
   __m512 sum = _mm512_set1_ps(1.3333558e-3f);

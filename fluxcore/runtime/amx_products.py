@@ -34,6 +34,20 @@ FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
     *("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 )
+INSTRUCTIONS = frozenset(
+    [
+        "amx_tile",
+        "amx_bf16",
+        "amx_int8",
+        "avx512_bf16",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "fma",
+    ]
+)
+"""What the library is built of, in the words of Linux."""
 COMPILER_TIMEOUT_S = 120
 COLUMNS_MULTIPLE, INNER_MULTIPLE = 32, 64
 PANEL = 32
@@ -43,7 +57,9 @@ MOST_PANELS = 24
 LEAST_PANELS = 4
 TASKS_A_THREAD = 4
 """Blocks become smaller until there are so many tasks, so that no thread waits long for another."""
-GROUP_BYTES = 8 * PANEL * PANEL * 4
+GROUP_COLUMNS = 8 * PANEL
+"""Of the weights that share what is read of the rows; ``GROUP`` there."""
+GROUP_BYTES = GROUP_COLUMNS * PANEL * 4
 """Sums of one panel of rows and a group of panels of weights."""
 
 
@@ -91,13 +107,18 @@ class AmxProducts:
 
         Shapes: [N, K] bf16 or int8, which ``fits`` -> [N, K], to be read by the products alone.
         """
-        weight = weight.contiguous()
-        packed = torch.empty_like(weight)
-        columns, inner = weight.shape
-        self._pack[weight.dtype](
-            weight.data_ptr(), packed.data_ptr(), columns, inner, torch.get_num_threads()
-        )
+        packed = weight.clone(memory_format=torch.contiguous_format)
+        self.pack(packed)
         return packed
+
+    def pack(self, weight: Tensor) -> None:
+        """``packed``, in the same memory. Shapes: [N, K], contiguous."""
+        threads = torch.get_num_threads()
+        for columns in weight.split(GROUP_COLUMNS):  # a group's place is that of its columns
+            as_rows = columns.clone()
+            self._pack[weight.dtype](
+                as_rows.data_ptr(), columns.data_ptr(), *columns.shape, threads
+            )
 
     def linear(self, x: Tensor, packed: Tensor) -> Tensor:
         """``F.linear`` in bf16. Shapes: x [..., K], packed [N, K] -> [..., N]."""
@@ -137,12 +158,13 @@ class AmxProducts:
         Shapes: q [B, H, L_q, K], k and v [B, H, L, K] -> [B, H, L_q, K], lying as [B, L_q, H, K].
         """
         heads, queries, width = q.shape[1:]
-        tokens, is_whole = k.shape[2], k.shape[1] == heads and queries > 0
+        tokens, is_whole = k.shape[2], k.shape[1] == heads and min(heads, queries, k.shape[2]) > 0
         lie = all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
         if mask is not None or not lie or not is_whole or width % PANEL:
             return plain_attention(q, k, v, mask)
+        _check_unlearning(q, k, v)
         out = q.new_empty(len(q), queries, heads, width).transpose(1, 2)  # [B, H, L_q, K]
-        threads = torch.get_num_threads()
+        threads = min(torch.get_num_threads(), heads * -(-queries // PANEL))
         buffers = torch.empty(threads * self._attention_bytes(tokens, width), dtype=torch.uint8)
         for number in range(len(q)):
             lying = ((x[number].data_ptr(), x.stride(1), x.stride(2)) for x in (q, k, v, out))
@@ -152,27 +174,53 @@ class AmxProducts:
             )
         return out
 
+    def work_bytes(self, tokens: int, width: int) -> int:
+        """Buffers of all threads at the most, besides the rows laid out."""
+        attention: int = self._attention_bytes(tokens, width)
+        return torch.get_num_threads() * max(attention, MOST_PANELS * GROUP_BYTES)
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return amx_products, ()  # copies are the same library
+
 
 class AmxLinear(nn.Module):
-    """A linear layer without bias on packed weights. Shapes: x [..., K] -> [..., N], bf16."""
+    """A linear layer without bias on packed weights. Shapes: x [..., K] -> [..., N], bf16.
+
+    Takes the layer's own memory. Where that is none yet (on the meta device), whoever fills it
+    packs it. Packed weights mean nothing elsewhere, so that they are neither saved nor loaded.
+    """
 
     def __init__(self, linear: nn.Linear, products: AmxProducts) -> None:
         super().__init__()
         self.products = products
-        self.weight = nn.Parameter(products.packed(linear.weight), requires_grad=False)
+        self.weight = linear.weight
+        if not self.weight.is_meta:
+            products.pack(self.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.products.linear(x, self.weight)
 
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise TypeError("packed weights are not saved; load the model with kernels = plain")
 
-def pack_layer(network: nn.Module, parameter: str, products: AmxProducts) -> None:
-    """Replace the linear layer that a parameter belongs to, if it has no bias and ``fits``."""
+    def _load_from_state_dict(self, *args: object) -> None:
+        raise TypeError("weights are not loaded over packed ones; load with kernels = plain")
+
+
+def pack_layer(network: nn.Module, parameter: str, products: AmxProducts) -> bool:
+    """Replace the linear layer that a parameter belongs to, if it has no bias and ``fits``.
+
+    Returns:
+        Whether it was replaced.
+    """
     name, _, leaf = parameter.rpartition(".")
     layer = network.get_submodule(name)
     if leaf != "weight" or not isinstance(layer, nn.Linear):
-        return
-    if len(list(layer.parameters())) == 1 and fits(layer.weight):
+        return False
+    is_taken = len(list(layer.parameters())) == 1 and fits(layer.weight)
+    if is_taken:
         network.set_submodule(name, AmxLinear(layer, products))
+    return is_taken
 
 
 def fits(weight: Tensor) -> bool:
@@ -180,7 +228,8 @@ def fits(weight: Tensor) -> bool:
     if weight.ndim != 2:
         return False
     columns, inner = weight.shape
-    return columns % COLUMNS_MULTIPLE == 0 and inner % INNER_MULTIPLE == 0
+    is_whole = columns % COLUMNS_MULTIPLE == 0 and inner % INNER_MULTIPLE == 0
+    return is_whole and weight.numel() > 0
 
 
 @functools.cache
@@ -189,54 +238,76 @@ def amx_products() -> AmxProducts | None:
 
     What is missing on a processor with AMX is logged, with the remedy.
     """
-    if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
+    if platform.system() != "Linux" or not _instructions() >= INSTRUCTIONS:
         return None
-    compiler = next(filter(shutil.which, (os.environ.get("CXX") or "g++", "g++")), None)
+    compiler = shutil.which("g++")
     if compiler is None:
         _warn("there is no C++ compiler; install g++ 11 or newer")
         return None
-    try:
-        # Asks the system for the tiles' registers.
-        if not torch.cpu._init_amx():
-            return None
-        return AmxProducts(_built(compiler))
-    except subprocess.CalledProcessError as error:
-        _warn(
-            f"{compiler} could not build them ({_first_error(error.stderr)}); use g++ 11 or newer"
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        _warn(f"{compiler} could not build them ({error})")
-    return None
-
-
-def _built(compiler: str) -> ctypes.CDLL:
-    """Build the library and load it; once loaded, its file is no longer needed."""
+    if not torch.cpu._init_amx():  # asks the system for the tiles' registers
+        _warn("the system keeps the registers of AMX to itself; use Linux 5.16 or newer")
+        return None
     with tempfile.TemporaryDirectory(prefix="fluxd-") as directory:
-        built, linked = Path(directory, "amx.o"), Path(directory, "amx.so")
-        # In two turns: only the first knows of OpenMP, so that the second brings no library of its
-        # own and PyTorch's threads are used.
-        for command in (
-            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(built)],
-            [compiler, "-shared", str(built), "-o", str(linked)],
-        ):
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S
-            )
-        return ctypes.CDLL(str(linked), mode=os.RTLD_NOW)
+        try:
+            library = _built(compiler, Path(directory))
+        except subprocess.CalledProcessError as error:
+            reason = _first_error(error.stderr)
+            _warn(f"{compiler} cannot build them ({reason}); install g++ 11 or newer")
+            return None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            _warn(f"{compiler} cannot build them ({error}); install g++ 11 or newer")
+            return None
+        try:
+            # Once it is loaded, its file is no longer needed.
+            return AmxProducts(ctypes.CDLL(str(library), mode=os.RTLD_NOW))
+        except OSError as error:
+            _warn(f"they cannot be loaded ({error}); set TMPDIR to where programs may run from")
+            return None
+
+
+def _instructions() -> frozenset[str]:
+    """What the processor can, in Linux' words."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in told.splitlines() if line.startswith("flags")), "")
+    return frozenset(flags.split())
+
+
+def _built(compiler: str, directory: Path) -> Path:
+    """Build the library."""
+    built, linked = directory / "amx.o", directory / "amx.so"
+    # In two turns: only the first knows of OpenMP, so that the second brings no library of its
+    # own and PyTorch's threads are used.
+    for command in (
+        [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(built)],
+        [compiler, "-shared", str(built), "-o", str(linked)],
+    ):
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S
+        )
+    return linked
 
 
 def _rows_of(x: Tensor) -> Tensor:
     """Shapes: [..., K] -> [M, K], with numbers of a row side by side."""
     assert x.dtype == torch.bfloat16, x.dtype
+    _check_unlearning(x)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _check_unlearning(*inputs: Tensor) -> None:
+    is_learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    assert not is_learning, "these products have no gradients; load with kernels = plain"
 
 
 def _buffers(rows: Tensor, bytes_a_number: int, columns: int) -> tuple[int, Tensor, Tensor]:
     """Panels in a block, and memory for the rows laid out and for all threads' sums."""
     count, inner = rows.shape
     panels, threads = -(-count // PANEL), torch.get_num_threads()
-    groups = -(-columns // (8 * PANEL))
+    groups = -(-columns // GROUP_COLUMNS)
     blocks = -(-panels // MOST_PANELS)
     while blocks * groups < TASKS_A_THREAD * threads and -(-panels // blocks) > LEAST_PANELS:
         blocks += 1

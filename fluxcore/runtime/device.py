@@ -160,6 +160,16 @@ class Runtime:
             pack_layer(network, parameter, self.amx)
         return 0
 
+    def ordering(self, network: nn.Module, parameter: str) -> Callable[[Tensor], None] | None:
+        """As ``lay_out``, for values that come later, each time anew.
+
+        Returns:
+            What brings them into order where they lie; None where they stay as they are.
+        """
+        if self.amx is None or not pack_layer(network, parameter, self.amx):
+            return None
+        return self.amx.pack
+
     def eight_bits(self, precision: Precision) -> EightBits:
         """How fp8 or int8 numbers are rounded and multiplied here."""
         format = FORMATS[precision]

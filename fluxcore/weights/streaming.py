@@ -8,7 +8,7 @@ takes them back when memory is short.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from fluxcore.weights.layout import STEMS
 from fluxcore.weights.load import Placement
 from fluxcore.weights.plan import WeightPlan
 
+Ordering = Callable[[nn.Module, str], Callable[[Tensor], None] | None]
+"""(network, parameter) -> as ``Runtime.ordering``."""
+
 
 def streamed_layers(
     network: nn.Module,
@@ -28,10 +31,11 @@ def streamed_layers(
     directory: Path,
     placement: Placement,
     names: Sequence[str],
+    ordering: Ordering,
 ) -> list[StreamedLayer]:
     """The submodules called ``names``, whose parameters ``load_component`` left out."""
     stored = stored_tensors(directory, STEMS[directory.name])
-    return [_layer(network, plan, stored, placement, name) for name in names]
+    return [_layer(network, plan, stored, placement, name, ordering) for name in names]
 
 
 def _layer(
@@ -40,8 +44,10 @@ def _layer(
     stored: dict[str, StoredTensor],
     placement: Placement,
     name: str,
+    ordering: Ordering,
 ) -> StreamedLayer:
     parts: list[Part] = []
+    orders: list[Callable[[Tensor], None] | None] = []
     sources: list[list[StoredTensor]] = []
     end = 0
     for full_name, needed in plan.parts.items():
@@ -58,10 +64,14 @@ def _layer(
         end = part.offset + part.bytes
         parts.append(part)
         sources.append(tensors)
+        orders.append(ordering(network, full_name))
 
     def fill(buffer: Tensor) -> None:
-        for part, tensors in zip(parts, sources, strict=True):
-            read_stacked(tensors, part.in_buffer(buffer))
+        for part, tensors, order in zip(parts, sources, orders, strict=True):
+            values = part.in_buffer(buffer)
+            read_stacked(tensors, values)
+            if order is not None:
+                order(values)
 
     return StreamedLayer(network.get_submodule(name), tuple(parts), end, fill)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.amx_products import AmxLinear, AmxProducts, amx_products, fits, pack_layer
 from fluxcore.runtime.quantised import INT8, EightBitLinear, Precision, plain_product
 
-HAS_AMX = torch.cpu._is_amx_tile_supported()
+HAS_AMX = module._instructions() >= module.INSTRUCTIONS
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")
 
 SIZES = [
@@ -148,13 +148,21 @@ def test_attention_of_keys_far_apart_and_of_nonsense(products: AmxProducts) -> N
     made = products.attention(q, k, v, None)
     assert made[0, 1, :, 0].isnan().all()
     assert made[0, 0].isfinite().all()
+    v[0, 1, 3, 0] = 1
+    for name, spoilt in (("q", q), ("k", k)):
+        for nonsense in (torch.nan, torch.inf, -torch.inf):
+            before, spoilt[0, 0, 5, 2] = spoilt[0, 0, 5, 2].clone(), nonsense
+            ours, plain = (form(q, k, v, None) for form in (products.attention, plain_attention))
+            assert not (ours.isfinite() & ~plain.isfinite()).any(), (name, nonsense)
+            spoilt[0, 0, 5, 2] = before
 
 
 @needs_amx
 def test_masks_and_grouped_heads_are_pytorch_s(products: AmxProducts) -> None:
     q, k, v = random(1, 4, 40, 64), random(1, 2, 40, 64), random(1, 2, 40, 64)
     mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
-    for grouped, seen in (((k, v), None), ((k, v), mask), ((q, q), mask)):
+    none = k[:, :, :0]
+    for grouped, seen in (((k, v), None), ((k, v), mask), ((q, q), mask), ((none, none), None)):
         made = products.attention(q, *grouped, seen)
         assert torch.equal(made, plain_attention(q, *grouped, seen))
 
@@ -172,6 +180,21 @@ def test_layers_whose_sides_tiles_divide_are_replaced(products: AmxProducts) -> 
     assert isinstance(network[0], AmxLinear)
     assert type(network[1]) is nn.Linear, "64 bytes are two rows of 32 in int8"
     assert distance(network[0](x), before) < 5e-4
+    assert torch.equal(copy.deepcopy(network)[0](x), network[0](x))
+    with pytest.raises(TypeError, match="plain"):
+        network.state_dict()
+    with pytest.raises(TypeError, match="plain"):
+        network[0].load_state_dict({"weight": torch.zeros(32, 64)})
+
+
+@needs_amx
+def test_weights_are_packed_where_they_lie(products: AmxProducts) -> None:
+    weight = random(32 * 21, 640)  # two groups and a part
+    packed = products.packed(weight)
+    products.pack(weight)
+    assert torch.equal(weight, packed)
+    with pytest.raises(AssertionError, match="no gradients"):
+        products.linear(random(3, 640).requires_grad_(), packed)
 
 
 def test_a_layer_with_a_bias_stays() -> None:
@@ -185,6 +208,7 @@ def test_matrices_that_tiles_divide() -> None:
     assert not fits(torch.empty(31, 64))
     assert not fits(torch.empty(32, 96))
     assert not fits(torch.empty(64))
+    assert not fits(torch.empty(32, 0))
 
 
 @needs_amx
@@ -223,22 +247,39 @@ def test_only_a_cpu_in_bfloat16_that_compiles_nothing_gets_them(
 def test_without_amx_nothing_is_built_and_nothing_said(
     built_anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(module, "_built", lambda compiler: pytest.fail("it was built"))
+    monkeypatch.setattr(module, "_instructions", lambda: module.INSTRUCTIONS - {"amx_int8"})
+    monkeypatch.setattr(module, "_built", lambda *args: pytest.fail("it was built"))
     assert amx_products() is None
     assert not caplog.records
 
 
-def test_without_a_compiler_the_log_says_what_to_install(
-    built_anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+def test_the_processor_s_instructions_are_read_where_there_are_some() -> None:
+    assert torch.cpu._is_amx_tile_supported() == ("amx_tile" in module._instructions())
+
+
+@pytest.fixture
+def with_amx(built_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Linux machine with AMX, as far as the module can tell."""
+    monkeypatch.setattr(module, "_instructions", lambda: module.INSTRUCTIONS)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
     monkeypatch.setattr("platform.system", lambda: "Linux")
+
+
+def test_without_a_compiler_the_log_says_what_to_install(
+    with_amx: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level(logging.WARNING):
-        assert amx_products() is None
+    assert amx_products() is None
     assert "install g++ 11 or newer" in caplog.text
+
+
+def test_a_system_that_keeps_the_registers_is_told_of(
+    with_amx: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    assert amx_products() is None
+    assert "use Linux 5.16 or newer" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -246,25 +287,20 @@ def test_without_a_compiler_the_log_says_what_to_install(
     [
         ("echo 'x.cpp: error: unrecognized option' >&2; exit 1", "error: unrecognized option"),
         ("exit 3", "no message"),
-        ("true", "amx.so"),  # it makes no file
+        ("true", "set TMPDIR"),  # it makes no file
     ],
 )
-def test_a_compiler_that_cannot_is_named_with_its_error(
+def test_a_compiler_that_cannot_is_told_of_with_its_error(
     script: str,
     told: str,
-    built_anew: None,
+    with_amx: None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    compiler = tmp_path / "old-g++"
+    compiler = tmp_path / "g++"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
-    monkeypatch.setattr("platform.system", lambda: "Linux")
-    monkeypatch.setenv("CXX", str(compiler))
-    with caplog.at_level(logging.WARNING):
-        assert amx_products() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert amx_products() is None
     assert told in caplog.text
-    assert str(compiler) in caplog.text

@@ -26,6 +26,7 @@ from fluxcore.pipeline.residency import (
 )
 from fluxcore.runtime import (
     WAYS,
+    KernelChoice,
     LayerStream,
     Residency,
     Runtime,
@@ -334,6 +335,23 @@ def middle_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(
         tmp_path_factory.mktemp("middle") / "middle", architecture=MIDDLE
     )
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_sums_of_many_numbers_are_the_same_in_every_way(
+    kernels: KernelChoice, middle_checkpoint: Path
+) -> None:
+    params = GenerationParams(prompt="a red fox", width=64, height=64, steps=1, seed=3)
+    drawn = []
+    for way in WAYS:
+        pipe = FluxPipeline.load(
+            middle_checkpoint, device="cpu", dtype="bfloat16", residency=way, kernels=kernels
+        )
+        embeddings = pipe.encode_prompt("a red fox").embeddings
+        drawn.append((embeddings, pipe.generate(params).images[0].tobytes()))
+    for embeddings, picture in drawn[1:]:
+        assert torch.equal(embeddings, drawn[0][0])
+        assert picture == drawn[0][1]
 
 
 def draw_within(checkpoint: Path, way: str, larger: str, limit: int) -> dict[str, Any]:
