@@ -26,10 +26,12 @@ from tests.service.processes import ROOT
 FORBIDDEN_IMPORTS = frozenset(
     ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "subprocess", "pty", "yaml")
 )
-# They run fixed commands: one asks macOS for the name of the chip, the other, in fluxd's own
-# terminal commands and never in the service, asks tmux about the terminal around it.
+# They run fixed commands: one asks macOS for the name of the chip, one builds fluxd's own products
+# with g++ as a model is loaded, and one, in fluxd's own terminal commands and never in the service,
+# asks tmux about the terminal around it.
 ASK_THE_SYSTEM = (
     ROOT / "fluxcore" / "runtime" / "device.py",
+    ROOT / "fluxcore" / "runtime" / "amx_products.py",
     ROOT / "app" / "cli" / "terminal" / "tmux.py",
 )
 FORBIDDEN_CALLS = frozenset(
