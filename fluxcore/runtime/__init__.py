@@ -1,8 +1,8 @@
 """The device and how it is treated: the only package that asks which device it is.
 
 Owns the choice of device, dtypes, attention and residency, compiling, CUDA graphs, products in
-eight bits, the streaming of layers, memory figures, out-of-memory recognition and stage timing.
-Knows nothing of prompts or pictures.
+eight bits and in AMX's tiles, the streaming of layers, memory figures, out-of-memory recognition
+and stage timing. Knows nothing of prompts or pictures.
 """
 
 from fluxcore.runtime.compiling import Compile, keep_compiled

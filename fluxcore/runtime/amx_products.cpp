@@ -1,7 +1,9 @@
-// Matrix products in the tiles of AMX: rows of activations times packed weights.
+// Matrix products in the tiles of AMX, rows of activations times packed weights; and attention,
+// which is two of them.
 //
 // Owns the layout of packed weights and the order in which tiles are multiplied. Owns no memory:
-// whoever calls hands in every buffer. Compiled, checked and called by amx_products.py.
+// whoever calls hands in every buffer. What is asked for ahead may lie past a buffer's end; it is
+// not read. Compiled, checked and called by amx_products.py.
 //
 // One step multiplies 64 bytes of each row: 32 numbers in bf16, 64 in int8. A panel is 32 rows of
 // activations, or of weights, which are columns of the result: two tiles a step. Tiles lie in
@@ -256,8 +258,8 @@ void pack(const typename Kind::Number* weights, char* to, long columns, long inn
     }
 }
 
-// 2 to the power of x, for x of at most 0, to 3e-6, and never less than the least normal number. The
-// polynomial is that of exp(x log 2), cut off.
+// 2 to the power of x, for x of at most 0, to 3e-6, and never less than the least normal number.
+// The polynomial is that of exp(x log 2), cut off.
 __m512 power_of_two(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // in this order what is no number stays none
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -296,7 +298,8 @@ void pack_values(Rows values, long tokens, long width, uint32_t* to) {
           const long token = step * PANEL + 2 * pair, column = panel * PANEL + 16 * half;
           const auto take = [&](long row) {
             if (row >= tokens) return _mm512_setzero_si512();
-            return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(values[row] + column)));
+            const auto* from = (const __m256i*)(values[row] + column);
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(from));
           };
           const __m512i both = _mm512_or_si512(take(token), _mm512_slli_epi32(take(token + 1), 16));
           _mm512_store_si512(to + half * 256 + pair * 16, both);
@@ -375,7 +378,8 @@ void attend(Heads q, Heads k, Heads v, Heads out, long heads, long queries, long
         const Rows asked = q[head];
         lay_out<Bf16>(asked[panel * PANEL], asked.stride, 0, count, width, 1, rows, nullptr);
         for (long key = 0; key < key_panels; key++)
-          multiply<Bf16>(rows, keys + key * steps * STEP, scores + key * PANEL * PANEL, steps, true);
+          multiply<Bf16>(rows, keys + key * steps * STEP, scores + key * PANEL * PANEL, steps,
+                         true);
         soften(scores, tokens, factor, weights, sums);
         for (long column = 0; column < width / PANEL; column++) {
           multiply<Bf16>(weights, values + column * key_panels * STEP, finished, key_panels, true);
@@ -423,8 +427,8 @@ void fluxd_product_int8(const uint16_t* x, long stride, const char* weights,
                 scales, sums, threads);
 }
 
-// softmax(q k / sqrt(width)) v. Strides are in numbers, of a head and of a row. A thread's buffer is
-// what ``fluxd_attention_bytes`` says, aligned to 64 bytes.
+// softmax(q k / sqrt(width)) v. Strides are in numbers, of a head and of a row. A thread's buffer
+// is what ``fluxd_attention_bytes`` says, aligned to 64 bytes.
 long fluxd_attention_bytes(long tokens, long width) {
   const long panels = panels_of(tokens), steps = width / Bf16::NUMBERS;
   return (2 * panels * steps + steps + panels) * STEP + (panels * PANEL + 1 + PANEL) * PANEL * 4;
@@ -433,7 +437,7 @@ void fluxd_attention(const uint16_t* q, long q_head, long q_row, const uint16_t*
                      long k_row, const uint16_t* v, long v_head, long v_row, uint16_t* out,
                      long out_head, long out_row, long heads, long queries, long tokens, long width,
                      char* buffers, int threads) {
-  attend({q, q_head, q_row}, {k, k_head, k_row}, {v, v_head, v_row}, {out, out_head, out_row}, heads,
-         queries, tokens, width, buffers, fluxd_attention_bytes(tokens, width), threads);
+  attend({q, q_head, q_row}, {k, k_head, k_row}, {v, v_head, v_row}, {out, out_head, out_row},
+         heads, queries, tokens, width, buffers, fluxd_attention_bytes(tokens, width), threads);
 }
 }

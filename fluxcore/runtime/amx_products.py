@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-mfma"),
+    *("-std=c++17", "-O3", "-fPIC", "-mfma"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
     *("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 )
@@ -50,6 +50,7 @@ INSTRUCTIONS = frozenset(
 """What the library is built of, in the words of Linux."""
 COMPILER_TIMEOUT_S = 120
 COLUMNS_MULTIPLE, INNER_MULTIPLE = 32, 64
+"""A panel of weights, and a step in int8, of which bf16 needs half."""
 PANEL = 32
 """Rows that are multiplied together."""
 MOST_PANELS = 24
@@ -313,8 +314,6 @@ def _buffers(rows: Tensor, bytes_a_number: int, columns: int) -> tuple[int, Tens
         blocks += 1
     block = -(-panels // blocks)
     laid_out = torch.empty(panels * PANEL * inner * bytes_a_number, dtype=torch.uint8)
-    # Sums are asked for one tile ahead, rows two steps: both may be read past their end, by lines
-    # that are only fetched.
     return block, laid_out, torch.empty(threads * block * GROUP_BYTES, dtype=torch.uint8)
 
 

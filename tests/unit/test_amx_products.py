@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxcore import FluxPipeline
+from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.kernels import plain_attention
 from fluxcore.runtime import amx_products as module
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.amx_products import AmxLinear, AmxProducts, amx_products, fits, pack_layer
-from fluxcore.runtime.quantised import INT8, EightBitLinear, Precision, plain_product
+from fluxcore.runtime.quantised import INT8, Precision, plain_product
 
-HAS_AMX = module._instructions() >= module.INSTRUCTIONS
-needs_amx = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")
+HAS_AMX = module._instructions() >= module.INSTRUCTIONS and shutil.which("g++") is not None
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX, or there is no g++")
+LATENTS_APART = {"bf16": 0.03, "int8": 0.06}
+"""Most; 0.008 and 0.015 were measured."""
 
 SIZES = [
     # rows, inner, columns: less than a tile, odd rows, a slice that is cut, a group that is cut,
@@ -36,7 +39,7 @@ SIZES = [
 @pytest.fixture(scope="module")
 def products() -> AmxProducts:
     found = amx_products()
-    assert found is not None, "the processor has AMX, but there are no products: see the log"
+    assert found is not None, "the processor has AMX and there is g++, but no products: see the log"
     return found
 
 
@@ -63,9 +66,8 @@ def test_bf16_is_the_exact_product_rounded_once(
     x, weight = random(rows, inner), random(columns, inner)
     made = products.linear(x, products.packed(weight))
     exact = x.float() @ weight.float().t()
-    assert (
-        distance(made, exact) < 5e-3
-    )  # 3.2e-3 measured of few numbers, 1.7e-3 of many; F.linear the same
+    # 3.2e-3 measured of few numbers and 1.7e-3 of many, and for F.linear the same.
+    assert distance(made, exact) < 5e-3
     assert distance(made, F.linear(x, weight)) < 5e-4  # 5e-5 measured
 
 
@@ -178,7 +180,7 @@ def test_layers_whose_sides_tiles_divide_are_replaced(products: AmxProducts) -> 
     for name, _ in list(network.named_parameters()):
         pack_layer(network, name, products)
     assert isinstance(network[0], AmxLinear)
-    assert type(network[1]) is nn.Linear, "64 bytes are two rows of 32 in int8"
+    assert type(network[1]) is nn.Linear, "32 numbers are half a step in int8"
     assert distance(network[0](x), before) < 5e-4
     assert torch.equal(copy.deepcopy(network)[0](x), network[0](x))
     with pytest.raises(TypeError, match="plain"):
@@ -222,12 +224,16 @@ def test_the_bundled_model_draws_the_same_with_and_without(
             device="cpu", dtype="bfloat16", precision=precision, kernels=kernels
         )
         assert pipe.runtime.describe()["kernels"] == ("fused" if kernels == "auto" else "plain")
-        block = pipe.transformer.single_blocks[0]
-        kind = EightBitLinear if precision == "int8" else AmxLinear
-        assert isinstance(block.out, kind) == (kernels == "auto" or precision == "int8")
-        assert isinstance(pipe.text_encoder.layers[0].down, AmxLinear) == (kernels == "auto")
-        latents[kernels] = pipe.encode_prompt("a red circle").embeddings
-    assert distance(latents["auto"], latents["plain"]) < 0.05
+        block, layer = pipe.transformer.single_blocks[0], pipe.text_encoder.layers[0]
+        if precision == "int8":
+            assert (block.out.format.linear is None) == (kernels == "plain")
+        else:
+            assert isinstance(block.out, AmxLinear) == (kernels == "auto")
+        assert isinstance(layer.down, AmxLinear) == (kernels == "auto")
+        assert (block.attention is plain_attention) == (kernels == "plain")
+        params = GenerationParams(prompt="a red circle", width=128, height=128, steps=4, seed=1)
+        latents[kernels] = [step.latents for step in pipe.denoise(pipe.prepare(params))][-1]
+    assert 0 < distance(latents["auto"], latents["plain"]) < LATENTS_APART[precision]
 
 
 def test_only_a_cpu_in_bfloat16_that_compiles_nothing_gets_them(
