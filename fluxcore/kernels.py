@@ -21,8 +21,8 @@ LEAST_LARGEST = 1e-6
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> out; q and out [B, H, L, K], k and v [B, H or fewer, L, K].
 
-``mask`` is boolean, True where a key may be seen, or, where ``Kernels.adds_masks``, 0 there and
-minus infinity elsewhere; or None. Fewer key heads than
+``mask`` is boolean, True where a key may be seen, or None; of ``Kernels.prompt_attention`` it is
+the tokens of each prompt [B], of which none sees one behind it, nor padding. Fewer key heads than
 query heads means grouped queries.
 """
 
@@ -33,6 +33,8 @@ JointHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(streams, pe) -> as ``fluxcore.models.flux2.joint_heads``."""
 GroupedHeads = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(qkv, q_norm, k_norm, heads, rope) -> as ``fluxcore.models.qwen3.grouped_heads``."""
+Projected = Callable[..., tuple[Tensor, Tensor]]
+"""(linear, x, update, norm) -> as ``fluxcore.models.qwen3.projected``."""
 Normed = Callable[..., Tensor]
 """(x, norm, silu=True) -> as ``fluxcore.models.vae.normed``."""
 
@@ -94,23 +96,24 @@ class Kernels:
         vae_attention: attention of the VAE, one head as wide as the channels.
         residual_dtype: dtype of the residual streams of transformer and encoder;
             None keeps the dtype of the weights, as the references do.
-        adds_masks: attention takes masks as what is added to the scores, not as booleans.
+        prompt_attention: of the text encoder, where it is one that makes its own masks.
         gated: (linear, hidden, before) -> the second layer of an MLP on ``gated`` rows.
         add_gated: (x, gate, y) -> x + gate * y, of the transformer's residual streams.
         modulated, joint_heads: of the transformer; None: its own plain form.
-        grouped_heads: of the text encoder, likewise.
+        grouped_heads, projected: of the text encoder, likewise.
         normed, residual_block: of the VAE, likewise.
     """
 
     attention: Attention
     vae_attention: Attention
     residual_dtype: torch.dtype | None = None
-    adds_masks: bool = False
+    prompt_attention: Attention | None = None
     gated: Callable[..., Tensor] = gated_linear
     add_gated: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.addcmul
     modulated: Modulated | None = None
     joint_heads: JointHeads | None = None
     grouped_heads: GroupedHeads | None = None
+    projected: Projected | None = None
     normed: Normed | None = None
     residual_block: Callable[..., Tensor] | None = None
 

@@ -195,10 +195,11 @@ class Bench:
             self._profile(pipe, f"bf16-{size}", size)
 
     def phase_fp8(self) -> None:
-        quantised = copy.deepcopy(self.plain.transformer)
-        blocks = (*quantised.double_blocks, *quantised.single_blocks)
+        transformer = copy.deepcopy(self.plain.transformer)
+        encoder = copy.deepcopy(self.plain.text_encoder)
+        blocks = (*transformer.double_blocks, *transformer.single_blocks, *encoder.layers)
         quantise(blocks, self.runtime.eight_bits("fp8"))
-        pipe = self.pipeline(graphs=True, transformer=quantised)
+        pipe = self.pipeline(graphs=True, transformer=transformer, text_encoder=encoder)
         self._measure("fp8+graphs", pipe, self.runs)
         self._distance("plain", "fp8+graphs")
         for size in (self.sizes[0], self.sizes[-1]):
@@ -397,14 +398,19 @@ def rebuild(network: nn.Module, runtime: Runtime) -> None:
     """Give a copied network the functions of another runtime."""
     kernels = runtime.kernels()
     for module in network.modules():
-        of_vae = "vae" in type(module).__module__
+        attentions = {
+            "vae": kernels.vae_attention,
+            "qwen3": kernels.prompt_attention or kernels.attention,
+        }
+        owner = type(module).__module__.rpartition(".")[2]
         functions = {
-            "attention": kernels.vae_attention if of_vae else kernels.attention,
+            "attention": attentions.get(owner, kernels.attention),
             "gated": kernels.gated,
             "add_gated": kernels.add_gated,
             "modulated": kernels.modulated or flux2.modulated,
             "joint_heads": kernels.joint_heads or flux2.joint_heads,
             "grouped_heads": kernels.grouped_heads or qwen3.grouped_heads,
+            "projected": kernels.projected or qwen3.projected,
             "normed": kernels.normed or vae.normed,
             "run": kernels.residual_block or vae.residual_block,
         }

@@ -26,12 +26,14 @@ class Product:
 
     Attributes:
         is_block: part of a transformer block, whose weights may have a precision of their own.
+        is_layer: part of a layer of the text encoder, likewise.
     """
 
     rows: int
     inner: int
     columns: int
     is_block: bool = False
+    is_layer: bool = False
 
     @property
     def operations(self) -> int:
@@ -113,11 +115,11 @@ def text_work(config: Qwen3Config) -> Work:
     of_heads = config.heads * config.head_width
     of_qkv = of_heads + 2 * config.kv_heads * config.head_width
     layer: list[Part] = [
-        Product(tokens, width, of_qkv),
+        Product(tokens, width, of_qkv, is_layer=True),
         Attention(config.heads, config.kv_heads, tokens, config.head_width, is_masked=True),
-        Product(tokens, of_heads, width),
-        Product(tokens, width, 2 * config.mlp_width),
-        Product(tokens, config.mlp_width, width),
+        Product(tokens, of_heads, width, is_layer=True),
+        Product(tokens, width, 2 * config.mlp_width, is_layer=True),
+        Product(tokens, config.mlp_width, width, is_layer=True),
     ]
     return _times(config.used_layers, layer)
 

@@ -83,8 +83,11 @@ class Rates:
             in_tiles = amx.packed(weight)
             yield lambda: amx.linear(x, in_tiles)
         sides_fit = part.inner % MULTIPLE == part.columns % MULTIPLE == 0
-        if self._runtime.precision != "bf16" and part.is_block and sides_fit:
-            format = FORMATS[self._runtime.precision]
+        precision = self._runtime.precision if part.is_block else "bf16"
+        if part.is_layer:
+            precision = self._runtime.encoder_precision
+        if precision != "bf16" and sides_fit:
+            format = FORMATS[precision]
             rows, of_rows = format.round_rows(x)
             columns, of_columns = format.round_rows(weight)
             packed, scales = format.pack(columns), of_columns.t().contiguous()

@@ -10,14 +10,12 @@ Flux2KleinPipeline._get_qwen3_prompt_embeds.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
-from fluxcore.kernels import Kernels, for_heads, wide_linear
+from fluxcore.kernels import Kernels, for_heads, narrow_linear, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
 
 
@@ -52,16 +50,28 @@ def grouped_heads(
     return q, k, v.transpose(1, 2)
 
 
+def projected(
+    linear: nn.Module, x: Tensor, update: Tensor | None, norm: RMSNorm
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with an update, and a projection of its norm.
+
+    Shapes: x, update [B, L, D] -> [B, L, D], [B, L, M].
+    """
+    if update is not None:
+        x = x + update
+    return x, narrow_linear(norm(x), linear)
+
+
 class Qwen3Attention(nn.Module):
     """Grouped-query attention with normed q and k.
 
-    Shapes: x [B, L, D] -> [B, L, D].
+    Shapes: qkv [B, L, (heads + 2 kv) K], as ``self.qkv`` gives it -> [B, L, D].
     """
 
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
         self.heads = (config.heads, config.kv_heads)
-        self.attention = kernels.attention
+        self.attention = kernels.prompt_attention or kernels.attention
         self.grouped_heads = for_heads(config.head_width, kernels.grouped_heads, grouped_heads)
         all_heads = config.heads + 2 * config.kv_heads
         self.qkv = nn.Linear(config.width, all_heads * config.head_width, bias=False)
@@ -69,8 +79,8 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.norm_eps)
         self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
-        q, k, v = self.grouped_heads(self.qkv(x), self.q_norm, self.k_norm, self.heads, rope)
+    def forward(self, qkv: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        q, k, v = self.grouped_heads(qkv, self.q_norm, self.k_norm, self.heads, rope)
         out = self.attention(q, k, v, mask)  # [B, heads, L, K]
         return wide_linear(out.transpose(1, 2).flatten(2), self.out)
 
@@ -84,6 +94,7 @@ class Qwen3Layer(nn.Module):
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
         self.gated = kernels.gated
+        self.projected = kernels.projected or projected
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Qwen3Attention(config, kernels)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
@@ -91,9 +102,9 @@ class Qwen3Layer(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
-        dtype = self.down.weight.dtype
-        x = x + self.attention(self.attention_norm(x).to(dtype), rope, mask)
-        gate_up = self.gate_up(self.mlp_norm(x).to(dtype))  # [B, L, 2 mlp]
+        x, qkv = self.projected(self.attention.qkv, x, None, self.attention_norm)
+        attended = self.attention(qkv, rope, mask)
+        x, gate_up = self.projected(self.gate_up, x, attended, self.mlp_norm)  # [B, L, 2 mlp]
         return x + self.gated(self.down, gate_up)
 
 
@@ -117,9 +128,9 @@ class Qwen3Encoder(nn.Module):
         rope = half_rope(length, self.config.head_width, self.config.rope_theta, ids.device)
         x = self.embedding(ids)  # [B, L, D]
         rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
-        mask = causal_mask(length, token_count)  # [B, 1, L, L]
-        if self.kernels.adds_masks:
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
+        mask = token_count
+        if self.kernels.prompt_attention is None:
+            mask = causal_mask(length, token_count)  # [B, 1, L, L]
         states = []
         x = self.kernels.residual(x)
         for number, layer in enumerate(self.layers, start=1):

@@ -69,11 +69,12 @@ class Inpainting:
 class DenoiseInputs:
     """Everything that one picture's loop needs, on the device.
 
-    Shapes: noise [1, h w, C]; references [1, L_ref, C]; positive, negative
-    [1, 512, 3 D]; pe for [txt, img, references].
+    Shapes: noise [1, h w, C]; levels [S] float32, of the steps to run; references [1, L_ref, C];
+    positive, negative [1, 512, 3 D]; pe for [txt, img, references].
     """
 
     noise: Tensor
+    levels: Tensor
     references: Tensor | None
     positive: Tensor
     negative: Tensor | None
@@ -120,8 +121,8 @@ class Denoising:
         self._inputs = inputs
         self._sigmas = tuple(sigmas)
         self._first = self._done = start_step
-        levels = torch.tensor(sigmas[start_step:-1], dtype=torch.float32)
-        self._modulations = transformer.modulation(levels.to(inputs.noise.device))
+        assert len(inputs.levels) == len(sigmas) - 1 - start_step, "a level for each step to run"
+        self._modulations = transformer.modulation(inputs.levels)
         prompts = (inputs.positive, inputs.negative)
         self._txts = [transformer.text_tokens(prompt) for prompt in prompts if prompt is not None]
         self.passes = len(self._txts)

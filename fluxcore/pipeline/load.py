@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from fluxcore.bundled import is_bundled
 from fluxcore.config import (
     CheckpointConfig,
@@ -18,7 +20,7 @@ from fluxcore.errors import CheckpointConfigError, DeviceUnavailableError
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder
 from fluxcore.params import LARGEST_DEFAULT_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
 from fluxcore.pipeline.residency import (
-    is_of_block,
+    is_narrowed,
     placements,
     stream_layers,
     weights_left_out,
@@ -91,7 +93,7 @@ def load_components(
         places["text_encoder"],
         progress,
         left_out["text_encoder"],
-        runtime.lay_out,
+        place_of(config.text_encoder, runtime),
     )
     transformer, transformer_report = load_component(
         lambda: Flux2Transformer(config.transformer, kernels),
@@ -100,9 +102,7 @@ def load_components(
         places["transformer"],
         progress,
         left_out["transformer"],
-        lambda network, name: (runtime.quantise if is_of_block(name) else runtime.lay_out)(
-            network, name
-        ),
+        place_of(config.transformer, runtime),
     )
     runtime.arrange(transformer, vae)
     stream = stream_layers(path, config, runtime, encoder, transformer)
@@ -122,6 +122,19 @@ def load_components(
         load=reports,
     )
     return Components(info, config, tokenizer, encoder, transformer, vae, stream)
+
+
+def place_of(
+    part: Qwen3Config | TransformerConfig, runtime: Runtime
+) -> Callable[[nn.Module, str], int]:
+    """What brings a parameter into the form that it is multiplied in, as it comes."""
+
+    def place(network: nn.Module, parameter: str) -> int:
+        if is_narrowed(part, parameter, runtime, runtime.residency):
+            return runtime.quantise(network, parameter)
+        return runtime.lay_out(network, parameter)
+
+    return place
 
 
 def default_side_px(vae: VaeConfig) -> int:

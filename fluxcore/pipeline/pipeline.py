@@ -187,7 +187,8 @@ class FluxPipeline:
                 device=runtime.device,
                 decides={
                     "weights": component_identity(directory / "text_encoder"),
-                    # Where the weights lie changes no value.
+                    "precision of the encoder": runtime.encoder_precision,
+                    # Else, where the weights lie changes no value.
                     **replace(runtime, residency="resident").describe(),
                 },
             )
@@ -392,6 +393,7 @@ class FluxPipeline:
         channels = self.config.transformer.in_channels
         drawn = draw_noise(params.seeds[image_index], channels, grid).transpose(1, 2)
         noise = self.runtime.placed(drawn, dtype).transpose(1, 2).contiguous()
+        levels = torch.tensor(params.sigmas[params.start_step : -1], dtype=torch.float32)
         inpainting = None
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"
@@ -399,6 +401,7 @@ class FluxPipeline:
             inpainting = Inpainting(references.first, noise, mask.to(dtype).to(device))
         return DenoiseInputs(
             noise=noise,
+            levels=self.runtime.placed(levels, torch.float32),
             references=references.tokens,
             positive=encoded.positive.embeddings,
             negative=None if encoded.negative is None else encoded.negative.embeddings,

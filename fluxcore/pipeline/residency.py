@@ -10,7 +10,13 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from fluxcore.config import TEXT_TOKENS, CheckpointConfig
+from fluxcore.config import (
+    TEXT_TOKENS,
+    CheckpointConfig,
+    Qwen3Config,
+    TransformerConfig,
+    VaeConfig,
+)
 from fluxcore.models import Flux2Transformer, Qwen3Encoder
 from fluxcore.params import SIZE_MULTIPLE
 from fluxcore.runtime import (
@@ -28,7 +34,9 @@ logger = logging.getLogger(__name__)
 RESIDUAL_NORMS = ("attention_norm.weight", "mlp_norm.weight", "final_norm.weight")
 EMBEDDING = "embedding"
 BLOCKS = ("double_blocks.", "single_blocks.")
-"""Beginnings of the transformer's parameters of which the matrices may be in eight bits."""
+LAYERS = "layers."
+"""Beginnings of the transformer's and the encoder's parameters whose matrices may be in eight bits.
+"""
 STREAM_BUFFERS = 2
 HOST_SHARE = 0.7
 """Of the host's free memory, what layers may take that are kept there for a CUDA device."""
@@ -47,9 +55,20 @@ def placements(runtime: Runtime) -> dict[str, Placement]:
     }
 
 
-def is_of_block(parameter: str) -> bool:
-    """Whether it is one of the transformer's that a lower precision is for."""
-    return parameter.startswith(BLOCKS)
+def is_narrowed(
+    part: Qwen3Config | TransformerConfig | VaeConfig,
+    parameter: str,
+    runtime: Runtime,
+    residency: Residency,
+) -> bool:
+    """Whether a parameter is put into eight bits, if it is a matrix."""
+    match part:
+        case TransformerConfig():
+            return runtime.precision != "bf16" and parameter.startswith(BLOCKS)
+        case Qwen3Config():
+            narrow = runtime.precision_of_encoder(residency) != "bf16"
+            return narrow and parameter.startswith(LAYERS)
+    return False
 
 
 def streamed_names(config: CheckpointConfig, residency: Residency) -> dict[str, list[str]]:
@@ -141,10 +160,13 @@ def weight_bytes(config: CheckpointConfig, runtime: Runtime, residency: Residenc
     for part in (config.vae, config.text_encoder, config.transformer):
         name = next(key for key in places if getattr(config, key) is part)
         plan, place = weight_plan(part), places[name]
-        small = part is config.transformer and runtime.precision != "bf16"
         sizes = {
             parameter: plan.elements(parameter)
-            * (1 if small and is_of_block(parameter) else place.dtype_of(parameter).itemsize)
+            * (
+                1
+                if is_narrowed(part, parameter, runtime, residency)
+                else place.dtype_of(parameter).itemsize
+            )
             for parameter in plan.parts
         }
         away = left_out.get(name, ())

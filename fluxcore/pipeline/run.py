@@ -98,8 +98,8 @@ class Run(Iterator[Progress]):
         self._images: list[Image.Image] = []
         # Those in the making, side by side.
         self._pictures: list[Denoising] = []
-        # One that was begun to see what its calls are like, and the first of these: all others
-        # of the job have its size.
+        # One that was prepared ahead, or to see what its calls are like, and the first of these:
+        # all others of the job have its size.
         self._next: Denoising | None = None
         self._like: Velocity | None = None
         self._slices = self._work()
@@ -156,11 +156,15 @@ class Run(Iterator[Progress]):
         pipe, job, times = self.pipe, self._job, self.times
         resolved = job.params
         pipe.runtime.reset_peak()
-        with times.stage("text"):
+        with times.stage("text", waits=False):
             positive, negative = pipe.encode_text(job)
+            wait = pipe.runtime.mark()
+            # Before control is handed back: the first step may be taken together with another's.
+            self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
+            if not positive.cache_hit and not job.request.references:
+                self._prepare_ahead(0)
+            wait()
         self._warn_of_cuts(positive, negative)
-        # Before control is handed back: the first step may be taken together with another job's.
-        self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
         yield self._progress("text")
 
         pieces = []
@@ -242,6 +246,15 @@ class Run(Iterator[Progress]):
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)
 
+    def _prepare_ahead(self, index: int) -> None:
+        """Noise and the like of the next picture, while the device is busy with what comes before.
+
+        A large one's noise takes the host as long as the text takes a GPU.
+        """
+        if self.pipe.runtime.runs_ahead and index < len(self._job.params.seeds):
+            with torch.inference_mode(), translated_errors():
+                self._next = self._denoising(index)
+
     @property
     def _passes(self) -> int:
         """Calls of the transformer in each step of a picture."""
@@ -250,7 +263,7 @@ class Run(Iterator[Progress]):
     def _call(self) -> Velocity:
         """A call as every step of this job makes them."""
         if self._like is None:
-            self._next = self._denoising(len(self._images))
+            self._next = self._next or self._denoising(len(self._images))
             self._like = self._next.calls()[0]
         return self._like
 

@@ -60,7 +60,7 @@ class Runtime:
         residency: how much of the model stays on the device.
         capability: of a CUDA GPU; None elsewhere.
         precision: what the transformer's large products are multiplied in: the dtype of the
-            weights (``bf16``), fp8 or int8.
+            weights (``bf16``), fp8 or int8. See also ``encoder_precision``.
         fuses: whether CUDA gets attention and element-wise kernels of its own.
         amx: products of our own on a CPU; None where there are none.
         compiles: whether networks are compiled.
@@ -85,18 +85,20 @@ class Runtime:
         plain = Kernels(attention, vae_attention, residual_dtype=self.dtypes.residual)
         if not self.uses_triton:
             return plain
+        from fluxcore.runtime import triton_encoder as fused_encoder
         from fluxcore.runtime import triton_kernels as fused
         from fluxcore.runtime import triton_vae as fused_vae
 
         return replace(
             plain,
             vae_attention=fused_vae.wide_attention,
-            adds_masks=True,
+            prompt_attention=fused_encoder.prompt_attention,
             gated=fused.gated_linear,
             add_gated=fused.add_gated,
             modulated=fused.modulated,
             joint_heads=fused.joint_heads,
             grouped_heads=fused.grouped_heads,
+            projected=fused_encoder.projected,
             normed=fused_vae.normed,
             residual_block=fused_vae.residual_block,
         )
@@ -118,6 +120,20 @@ class Runtime:
         is_taken = self.capability == HOPPER and self.residency != "low"
         if is_taken and triton_blocks.fits(transformer):
             transformer.fused_blocks = triton_blocks.FusedBlocks(transformer)
+
+    @property
+    def encoder_precision(self) -> Precision:
+        """What the text encoder's large products are multiplied in.
+
+        In fp8 as those of the transformer are, unless its layers come from the host each time. Not
+        in int8: a row's largest values, which in such encoders are a thousand times the others,
+        leave these no digits where all numbers are as coarse.
+        """
+        return self.precision_of_encoder(self.residency)
+
+    def precision_of_encoder(self, residency: Residency) -> Precision:
+        """The same, were this the residency."""
+        return "fp8" if self.precision == "fp8" and residency == "resident" else "bf16"
 
     def _attentions(self) -> tuple[Attention, Attention]:
         """For transformer and text encoder, and for the VAE."""
@@ -195,10 +211,11 @@ class Runtime:
     def placed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of the host on the device, in another dtype.
 
-        For CUDA it is rounded there, so that no threads of the host have to wait for processors.
+        For CUDA it is rounded there, so that no threads of the host have to wait for processors,
+        and copied behind what is queued, which nobody waits for.
         """
         if self.device.type == "cuda":
-            return x.to(self.device).to(dtype)
+            return x.pin_memory().to(self.device, non_blocking=True).to(dtype)
         return x.to(dtype).to(self.device)
 
     def to_host(self, *tensors: Tensor) -> list[Tensor]:

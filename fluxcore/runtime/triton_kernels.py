@@ -106,7 +106,7 @@ def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: 
     if factor.numel() != width:
         return linear(torch.addcmul(shift, factor, F.layer_norm(x, (width,), eps=eps)))  # type: ignore[no-any-return]
     x = x.contiguous()
-    rows = _Rows.made(linear, x, width)
+    rows = FormedRows.made(linear, x, width)
     block = triton.next_power_of_2(width)
     launch(
         _modulate,
@@ -120,13 +120,13 @@ def modulated(linear: nn.Module, x: Tensor, shift: Tensor, factor: Tensor, eps: 
         eps,
         *rows.rounding,
         block,
-        num_warps=8,
+        num_warps=4,
     )
     return rows.times(linear, x)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class FormedRows:
     """Where a kernel writes what a linear layer reads: as it is, or rounded for an fp8 layer.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Rows:
     rounding: tuple[float, float, bool]
 
     @classmethod
-    def made(cls, linear: nn.Module, x: Tensor, width: int) -> _Rows:
+    def made(cls, linear: nn.Module, x: Tensor, width: int) -> FormedRows:
         """For rows as many as those of x."""
         shape = (*x.shape[:-1], width)
         if not isinstance(linear, EightBitLinear):
@@ -159,6 +159,19 @@ class _Rows:
 
 
 @triton.jit
+def _partners(row, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Channels that turn together: neighbours, or one of each half. Shapes: [H, K / 2] each."""
+    if NEIGHBOURS:
+        both = tl.load(row + tl.arange(0, WIDTH)[None, :]).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], WIDTH // 2, 2)))
+    else:
+        channel = tl.arange(0, WIDTH // 2)[None, :]
+        first = tl.load(row + channel).to(tl.float32)
+        second = tl.load(row + WIDTH // 2 + channel).to(tl.float32)
+    return first, second
+
+
+@triton.jit
 def _turn(
     qkv,
     q_weight,
@@ -171,39 +184,42 @@ def _turn(
     first,
     joint,
     q_heads,
+    turned_heads,
     out_heads,
     eps,
-    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PARTNER: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     row, group = tl.program_id(0), tl.program_id(1)
     head = group * HEADS + tl.arange(0, HEADS)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    # Heads of q, then of k and of v, of which each comes as often as queries share it.
-    shared = q_heads + (head - q_heads) // GROUP
-    source = qkv + row.to(tl.int64) * row_stride + tl.where(head < q_heads, head, shared) * WIDTH
     position = first + row % tokens
-    target = (row // tokens) * joint + position
-    x = tl.load(source + channel)
-    if group * HEADS < 2 * q_heads:
-        # Channels that turn together: neighbours, or one of each half.
-        partner = channel ^ PARTNER
+    target = ((row // tokens) * joint + position).to(tl.int64) * (out_heads * WIDTH)
+    source = qkv + row.to(tl.int64) * row_stride + head * WIDTH
+    place = out + target + head * WIDTH
+    channel = tl.arange(0, WIDTH)[None, :]
+    if group * HEADS >= turned_heads:  # v
+        tl.store(place + channel, tl.load(source + channel))
+    else:
         weight = q_weight if group * HEADS < q_heads else k_weight
-        wide = x.to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(wide * wide, 1) / WIDTH + eps)[:, None]
-        other = tl.load(source + partner).to(tl.float32)
-        wide *= scale * tl.load(weight + channel).to(tl.float32)
-        other *= scale * tl.load(weight + partner).to(tl.float32)
-        if PARTNER > 1:  # halves, whose sines come without a sign
-            other = tl.where(channel < PARTNER, -other, other)
-        turn = position * WIDTH + channel
-        turned = wide * tl.load(cos + turn).to(tl.float32)
-        turned += other * tl.load(sin + turn).to(tl.float32)
-        x = turned.to(x.dtype)
-    place = target.to(tl.int64) * (out_heads * WIDTH) + head * WIDTH + channel
-    tl.store(out + place, x)
+        one, other = _partners(source, WIDTH, NEIGHBOURS)
+        squares = tl.sum(one * one, 1) + tl.sum(other * other, 1)
+        scale = 1 / tl.sqrt(squares / WIDTH + eps)[:, None]
+        of_one, of_other = _partners(weight, WIDTH, NEIGHBOURS)
+        one *= scale * of_one
+        other *= scale * of_other
+        # The sines of the halves come without a sign, of neighbours the first one's is turned.
+        c, _ = _partners(cos + position * WIDTH, WIDTH, NEIGHBOURS)
+        _, s = _partners(sin + position * WIDTH, WIDTH, NEIGHBOURS)
+        turned_one = (one * c - other * s).to(out.dtype.element_ty)
+        turned_other = (other * c + one * s).to(out.dtype.element_ty)
+        if NEIGHBOURS:
+            turned = tl.reshape(tl.join(turned_one, turned_other), (HEADS, WIDTH))
+            tl.store(place + channel, turned)
+        else:
+            half = tl.arange(0, WIDTH // 2)[None, :]
+            tl.store(place + half, turned_one)
+            tl.store(place + WIDTH // 2 + half, turned_other)
 
 
 def _turned(
@@ -215,17 +231,18 @@ def _turned(
     eps: float,
     *,
     first: int = 0,
-    partner: int = 1,
+    neighbours: bool = True,
 ) -> None:
     """Norm and turn q and k of some tokens; v is copied where ``out`` has room for it.
 
-    Shapes: qkv [B, L, (heads + 2 kv) K], rows of any stride; out [B, L_joint, 2 or 3 heads, K],
-    of which tokens ``first`` to ``first + L`` are written; heads of q and of k.
+    Shapes: qkv [B, L, heads of q, k and v, each K wide], rows of any stride; out [B, L_joint,
+    heads of q and k, or of all, K], of which tokens ``first`` to ``first + L`` are written; heads
+    of q and of k.
     """
     qkv = _evenly(qkv)
     batch, tokens, _ = qkv.shape
     _, joint, out_heads, width = out.shape
-    size = math.gcd(heads[0], MOST_HEADS)
+    size = math.gcd(*heads, MOST_HEADS)
     launch(
         _turn,
         (batch * tokens, out_heads // size),
@@ -238,13 +255,13 @@ def _turned(
         first,
         joint,
         heads[0],
+        sum(heads),
         out_heads,
         eps,
-        heads[0] // heads[1],
         size,
         width,
-        partner,
-        num_warps=4 if size > 2 else 1,
+        neighbours,
+        num_warps=1,
     )
 
 
@@ -274,11 +291,12 @@ def joint_heads(
 def grouped_heads(
     qkv: Tensor, q_norm: RowNorm, k_norm: RowNorm, heads: tuple[int, int], rope: Rope
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``fluxcore.models.qwen3.grouped_heads``, but k and v have as many heads as q."""
+    """As ``fluxcore.models.qwen3.grouped_heads``; q and k lie token by token."""
     width = len(q_norm.weight)
-    out = qkv.new_empty((*qkv.shape[:2], 3 * heads[0], width))
-    _turned(qkv, (q_norm.weight, k_norm.weight), rope, out, heads, q_norm.eps, partner=width // 2)
-    q, k, v = out.chunk(3, dim=2)
+    out = qkv.new_empty((*qkv.shape[:2], sum(heads), width))
+    _turned(qkv, (q_norm.weight, k_norm.weight), rope, out, heads, q_norm.eps, neighbours=False)
+    v = qkv.unflatten(-1, (-1, width))[:, :, sum(heads) :]
+    q, k = out.split(heads, dim=2)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -298,6 +316,29 @@ def _gate(before, hidden, out, before_stride, hidden_stride, kept, mlp, BLOCK: t
 
 
 @triton.jit
+def _gated_part(source, mlp, first, SIZE: tl.constexpr):
+    """Some gated columns, as if they had been written in between, and the largest of them."""
+    at = first + tl.arange(0, SIZE)
+    gate = tl.load(source + at, mask=at < mlp, other=0.0).to(tl.float32)
+    value = tl.load(source + mlp + at, mask=at < mlp, other=0.0).to(tl.float32)
+    values = (gate / (1 + tl.exp(-gate)) * value).to(tl.bfloat16).to(tl.float32)
+    return values, tl.max(tl.abs(values), 0)
+
+
+@triton.jit
+def _copied_part(source, kept, first, SIZE: tl.constexpr):
+    at = first + tl.arange(0, SIZE)
+    values = tl.load(source + at, mask=at < kept, other=0.0).to(tl.float32)
+    return values, tl.max(tl.abs(values), 0)
+
+
+@triton.jit
+def _store_part(values, out, columns, first, SIZE: tl.constexpr):
+    at = first + tl.arange(0, SIZE)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < columns)
+
+
+@triton.jit
 def _gate_and_round(
     before,
     hidden,
@@ -308,18 +349,41 @@ def _gate_and_round(
     mlp,
     largest,
     smallest,
-    ROUND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    MORE_GATED: tl.constexpr,
+    COPIED: tl.constexpr,
+    MORE_COPIED: tl.constexpr,
 ):
+    """A row in parts whose sizes are powers of two, so that few threads have nothing to do."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = (at >= kept) & (at < kept + mlp)
-    source = hidden + row * hidden_stride + at - kept
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(source + mlp, mask=inside, other=0.0).to(tl.float32)
-    copied = tl.load(before + row * kept + at, mask=at < kept, other=0.0).to(tl.float32)
-    values = tl.where(at < kept, copied, gate / (1 + tl.exp(-gate)) * value)
-    _store_row(values, out, scales, kept + mlp, largest, smallest, ROUND, BLOCK)
+    source, copied = hidden + row * hidden_stride, before + row * kept
+    gated, most = _gated_part(source, mlp, 0, GATED)
+    if MORE_GATED > 0:
+        more_gated, of_part = _gated_part(source, mlp, GATED, MORE_GATED)
+        most = tl.maximum(most, of_part)
+    if COPIED > 0:
+        copies, of_part = _copied_part(copied, kept, 0, COPIED)
+        most = tl.maximum(most, of_part)
+    if MORE_COPIED > 0:
+        more_copies, of_part = _copied_part(copied, kept, COPIED, MORE_COPIED)
+        most = tl.maximum(most, of_part)
+    scale = tl.maximum(most, smallest) / largest
+    tl.store(scales + row, scale)
+    place = out + row * (kept + mlp)
+    _store_part(gated / scale, place + kept, mlp, 0, GATED)
+    if MORE_GATED > 0:
+        _store_part(more_gated / scale, place + kept, mlp, GATED, MORE_GATED)
+    if COPIED > 0:
+        _store_part(copies / scale, place, kept, 0, COPIED)
+    if MORE_COPIED > 0:
+        _store_part(more_copies / scale, place, kept, COPIED, MORE_COPIED)
+
+
+def _parts(columns: int) -> tuple[int, int]:
+    """The largest power of two in a number, and the smallest that holds the rest; or zeros."""
+    whole = 1 << columns.bit_length() >> 1
+    rest = columns - whole
+    return whole, triton.next_power_of_2(rest) if rest else 0
 
 
 def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None) -> Tensor:
@@ -330,9 +394,8 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
     before = hidden if before is None else before.contiguous()
     mlp = hidden.shape[-1] // 2
     kept = 0 if before is hidden else before.shape[-1]
-    width = kept + mlp
-    rows = _Rows.made(linear, hidden, width)
-    block = triton.next_power_of_2(width)
+    rows = FormedRows.made(linear, hidden, kept + mlp)
+    largest, smallest, _ = rows.rounding
     launch(
         _gate_and_round,
         (hidden.shape[:-1].numel(),),
@@ -343,9 +406,11 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
         hidden.stride(-2),
         kept,
         mlp,
-        *rows.rounding,
-        block,
-        num_warps=16 if block > WIDE_ROWS else 8,
+        largest,
+        smallest,
+        *_parts(mlp),
+        *_parts(kept),
+        num_warps=8,
     )
     return rows.times(linear, hidden)
 

@@ -165,6 +165,18 @@ def test_blocks_in_eight_bits_have_a_floor_of_their_own(
     assert shapes == []
     rates.milliseconds(Product(8, 32, 48, is_block=True))
     assert set(shapes) == {((8, 32), (48, 32), PLAIN_FP8.dtype)}
+    shapes.clear()
+    rates.milliseconds(Product(8, 64, 48, is_layer=True))
+    assert set(shapes) == {((8, 64), (48, 64), PLAIN_FP8.dtype)}
+
+
+def test_the_encoder_s_layers_have_that_floor_only_where_they_are_in_eight_bits(
+    tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = replace(PLAIN_FP8, product=lambda *_: pytest.fail("multiplied in eight bits"))
+    monkeypatch.setitem(FORMATS, "fp8", refuse)
+    balanced = replace(tiny_pipeline.runtime, precision="fp8", residency="balanced")
+    Rates(balanced).milliseconds(Product(8, 32, 48, is_layer=True))
 
 
 def test_a_spread_is_of_all_values() -> None:

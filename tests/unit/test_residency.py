@@ -113,6 +113,23 @@ def test_the_4b_model_needs_what_is_known_of_it(config_4b: CheckpointConfig) -> 
     assert needs["resident"] > needs["balanced"] > needs["low"]
 
 
+def test_fp8_halves_the_matrices_that_stay(config_4b: CheckpointConfig) -> None:
+    runtime = runtime_of("cpu")
+    narrow = replace(runtime, precision="fp8")
+    assert narrow.encoder_precision == "fp8" and narrow.precision == "fp8"
+    assert replace(narrow, residency="balanced").encoder_precision == "bf16"
+    assert replace(narrow, precision="int8").encoder_precision == "bf16"
+    assert runtime.encoder_precision == "bf16"
+    sizes = {
+        way: [weight_bytes(config_4b, one, way) / GB for one in (runtime, narrow)] for way in WAYS
+    }
+    # 3.8 GB of the transformer's blocks in both ways, and 2.7 GB of the encoder's layers in one
+    assert sizes["resident"][0] - sizes["resident"][1] == pytest.approx(3.78 + 2.72, abs=0.1)
+    assert sizes["balanced"][0] - sizes["balanced"][1] == pytest.approx(3.78, abs=0.1)
+    int8 = weight_bytes(config_4b, replace(runtime, precision="int8"), "resident") / GB
+    assert sizes["resident"][0] - int8 == pytest.approx(3.78, abs=0.1)
+
+
 NEEDS = {"resident": 12 * GB, "balanced": 8 * GB, "low": 3 * GB}
 
 

@@ -107,7 +107,9 @@ def test_a_group_is_queued_ahead_and_waited_for_once_a_step(
     told = told_ahead(pipe, monkeypatch)
     pipe.generate(params(n=2, steps=3), lambda step, i: told.append(f"shown {i}.{step.index}"))
     assert told == [
-        *("begun", "begun", "waited for 1", "shown 0.1", "shown 1.1"),
-        *("begun", "waited for 2", "shown 0.2", "shown 1.2"),
-        *("waited for 3", "shown 0.3", "shown 1.3"),
+        # the text, which is at hand
+        *("waited for 1", "prepared", "prepared"),
+        *("begun", "begun", "waited for 2", "shown 0.1", "shown 1.1"),
+        *("begun", "waited for 3", "shown 0.2", "shown 1.2"),
+        *("waited for 4", "shown 0.3", "shown 1.3"),
     ]
