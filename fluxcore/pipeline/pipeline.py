@@ -39,6 +39,7 @@ from fluxcore.pipeline.pictures import (
     to_picture,
     to_pixels,
     to_token_mask,
+    with_lines,
 )
 from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
@@ -57,7 +58,7 @@ from fluxcore.text import TokenizedPrompt
 from fluxcore.weights import LoadProgress, component_identity
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from fluxcore.drawn import DrawnPicture
 
 CONDITIONING_CACHE_BYTES = 256 * 2**20
 WARM_UP_PROMPT = "warm up"
@@ -113,8 +114,8 @@ class FluxPipeline:
         self.joint = JointSteps(lambda *args: self._velocity_of(*args), runtime, batching)
         decoder = PictureDecoder(self.vae, runtime.dtypes.vae, self._layout)
         runtime.compile_blocks((decoder,))
-        self._bytes_of: Callable[..., tuple[Tensor, Tensor]] = runtime.graphed(
-            decoder, GRAPHED_TOKENS
+        self._bytes_of: Callable[..., tuple[Tensor, ...]] = runtime.graphed(
+            with_lines(decoder) if runtime.filters_pictures else decoder, GRAPHED_TOKENS
         )
 
     @classmethod
@@ -316,7 +317,7 @@ class FluxPipeline:
             return Denoising(self.transformer, inputs, params.sigmas, params.start_step)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, width: int, height: int) -> Image.Image:
+    def decode(self, latents: Tensor, width: int, height: int) -> DrawnPicture:
         """Latents to a picture on the host.
 
         Shapes: latents [1, h w, C], h = height / 16, w = width / 16.

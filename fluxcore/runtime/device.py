@@ -212,6 +212,15 @@ class Runtime:
         return places
 
     @property
+    def filters_pictures(self) -> bool:
+        """Whether rows are filtered for PNG files before they come to the host.
+
+        A GPU does it along the way. Anywhere else it would keep the thread that draws, while
+        others have time for it.
+        """
+        return self.kind == "cuda"
+
+    @property
     def channels_last(self) -> bool:
         """Whether convolutions run on channels-last weights and pictures."""
         return self.kind != "mps"
