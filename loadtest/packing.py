@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from app.engine import packing, png
+from fluxcore import residues
 
 Encode = Callable[[Image.Image], bytes]
 PILLOW_STRATEGIES = {"filtered": 1, "huffman": 2, "runs": 3}
@@ -153,7 +154,7 @@ def _with_deflate(compress: Callable[[bytes], bytes], picture: Image.Image) -> b
     """The whole picture as one strip, filtered as ours are, through another deflate."""
     pixels = np.asarray(picture)
     rows = pixels.reshape(len(pixels), -1)
-    lines = png._filtered(rows, 0, len(rows), -len(rows) // png.SAMPLED * -png.SAMPLED)
+    (lines,) = residues.filtered(rows, -len(rows) // residues.SAMPLED * -residues.SAMPLED)
     head = png.struct.pack(">IIBBBBB", picture.width, picture.height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", bytes(compress(lines.tobytes()))), (b"IEND", b""))
     return png.SIGNATURE + b"".join(png._chunk(*chunk) for chunk in chunks)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from app.engine.packing import STRIP_THREADS, Packing, pack_picture
 from app.main import BUNDLED_NOTE
 from app.settings import LoadedSettings, Settings, load_settings, parse_size
 from app.telemetry import configure_logging
+from fluxcore.drawn import DrawnPicture
 from fluxcore.params import GenerationParams
 from fluxcore.version import __version__
 
@@ -114,7 +114,7 @@ def _measure(
     measured: list[SizeReport] = []
     with ThreadPoolExecutor(STRIP_THREADS) as strips:
 
-        def pack(picture: Image.Image, params: GenerationParams) -> None:
+        def pack(picture: DrawnPicture, params: GenerationParams) -> None:
             pack_picture(picture, Packing("png"), _made(picture, params, pipe), strips.map)
 
         for size in sizes:
@@ -221,7 +221,7 @@ def _check_chart(chart: Path | None) -> None:
         raise UsageError(f"there is no directory {chart.parent}; create it first")
 
 
-def _made(picture: Image.Image, params: GenerationParams, pipe: FluxPipeline) -> Provenance:
+def _made(picture: DrawnPicture, params: GenerationParams, pipe: FluxPipeline) -> Provenance:
     return Provenance(
         prompt=params.prompt,
         negative_prompt=None,

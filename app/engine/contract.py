@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from PIL import Image
-
+from fluxcore.drawn import DrawnPicture
 from fluxcore.params import GenerationParams
 
 
@@ -87,7 +86,7 @@ class Result(Protocol):
     """Finished pictures. Units: timings in milliseconds per stage."""
 
     @property
-    def images(self) -> Sequence[Image.Image]: ...
+    def pictures(self) -> Sequence[DrawnPicture]: ...
     @property
     def seeds(self) -> Sequence[int]: ...
     @property
@@ -170,7 +169,7 @@ class Pipeline(Protocol):
         False where they differ after all, and were left as they are.
         """
 
-    def decode(self, latents: Any, width: int, height: int) -> Image.Image: ...
+    def decode(self, latents: Any, width: int, height: int) -> DrawnPicture: ...
 
 
 # Loads the pipeline on the thread that calls it, reporting after every tensor.

@@ -341,8 +341,8 @@ class Engine:
             self._shapes.add((result.params.width, result.params.height, references))
         model = self._model_name()
         made = [
-            (image, provenance(job.params, result.params, seed, model))
-            for image, seed in zip(result.images, result.seeds, strict=True)
+            (picture, provenance(job.params, result.params, seed, model))
+            for picture, seed in zip(result.pictures, result.seeds, strict=True)
         ]
 
         def deliver(packed: list[Future[PackedPicture]]) -> None:

@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from PIL import Image
-
 from app.engine.contract import Pipeline, Result, Slice
 from app.engine.events import StepDone
 from app.engine.jobs import Job
 from app.engine.previews import Previewer
 from app.engine.scheduler import Scheduler
 from app.metrics import Metrics
+from fluxcore.drawn import DrawnPicture
 
 
 class PreviewPicture(NamedTuple):
@@ -24,7 +23,7 @@ class PreviewPicture(NamedTuple):
 
     image_index: int
     step: int
-    picture: Image.Image
+    picture: DrawnPicture
 
 
 class FlightTimes:

@@ -15,10 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image
-
 from app.engine.metadata import Provenance, exif, png_text
 from app.engine.png import Deflated, Map, Strip, write_png
+from fluxcore.drawn import DrawnPicture
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class PackedPicture:
 
 
 def pack_picture(
-    picture: Image.Image, packing: Packing, made: Provenance, spread: Map = map
+    picture: DrawnPicture, packing: Packing, made: Provenance, spread: Map = map
 ) -> PackedPicture:
     """Write one picture, with what made it, to bytes.
 
@@ -60,17 +59,17 @@ def pack_picture(
         spread: maps the parts of a PNG file, on threads or not.
     """
     if packing.format == "png":
-        data = write_png(picture, png_text(made), spread)
+        data = write_png(picture.pixels, png_text(made), spread, picture.lines)
         return PackedPicture(data, "png", made.seed, picture.width, picture.height)
     target = io.BytesIO()
     match packing.format:
         case "jpeg":
             subsampling = "4:4:4" if packing.quality >= FULL_CHROMA_QUALITY else "4:2:0"
-            picture.save(
+            picture.image.save(
                 target, "JPEG", quality=packing.quality, subsampling=subsampling, exif=exif(made)
             )
         case "webp":
-            picture.save(
+            picture.image.save(
                 target, "WEBP", quality=packing.quality, method=WEBP_METHOD, exif=exif(made)
             )
     return PackedPicture(
@@ -89,7 +88,7 @@ class PackingPool:
 
     def pack(
         self,
-        pictures: Sequence[tuple[Image.Image, Provenance]],
+        pictures: Sequence[tuple[DrawnPicture, Provenance]],
         packing: Packing,
         deliver: Callable[[list[Future[PackedPicture]]], None],
     ) -> None:
@@ -103,7 +102,7 @@ class PackingPool:
 
         # Not as a callback of what is submitted, which runs on the worker's thread where the
         # picture is packed before the callback is there.
-        def work(future: Future[PackedPicture], picture: Image.Image, made: Provenance) -> None:
+        def work(future: Future[PackedPicture], picture: DrawnPicture, made: Provenance) -> None:
             nonlocal remaining
             try:
                 future.set_result(pack_picture(picture, packing, made, self._spread))
@@ -123,7 +122,7 @@ class PackingPool:
 
     def pack_in_order(
         self,
-        picture: Image.Image,
+        picture: DrawnPicture,
         made: Provenance,
         packing: Packing,
         deliver: Callable[[PackedPicture], None],

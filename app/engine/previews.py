@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 
-from PIL import Image
-
 from app.engine.contract import Pipeline, Slice
 from app.engine.jobs import Job
+from fluxcore.drawn import DrawnPicture
 from fluxcore.errors import FluxError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class Previewer:
         self._size = (resolved.width, resolved.height)
         self._steps = preview_steps(job.options.previews, resolved.start_step + 1, resolved.steps)
 
-    def picture_after(self, done: Slice) -> Image.Image | None:
+    def picture_after(self, done: Slice) -> DrawnPicture | None:
         """The preview that is due after a slice, if one is."""
         if done.denoise_step is None or done.step not in self._steps:
             return None

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcore.bench.operations import Attention, Convolution, Part, Product, Work
 from fluxcore.kernels import plain_attention
+from fluxcore.residues import CHANNELS
 from fluxcore.runtime import Runtime
 from fluxcore.runtime.amx_products import fits
 from fluxcore.runtime.quantised import FORMATS, MULTIPLE
@@ -59,9 +60,14 @@ class Rates:
         return total / self.floor_ms(work) / 1e9
 
     def host_copy_ms(self, width: int, height: int) -> float:
-        """A picture's bytes from the device to the host."""
-        picture = torch.zeros((height, width, 3), dtype=torch.uint8, device=self._runtime.device)
-        return self._best_s(lambda: self._runtime.to_host(picture)) * 1000
+        """A picture's bytes from the device to the host, with its lines where those are made."""
+        shapes: list[tuple[int, ...]] = [(height, width, CHANNELS)]
+        if self._runtime.filters_pictures:
+            shapes.append((height, 1 + width * CHANNELS))
+        picture = [
+            torch.zeros(shape, dtype=torch.uint8, device=self._runtime.device) for shape in shapes
+        ]
+        return self._best_s(lambda: self._runtime.to_host(*picture)) * 1000
 
     def _forms(self, part: Part) -> Iterator[Call]:
         """Every way that there is here to do a part."""

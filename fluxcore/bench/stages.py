@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from fluxcore.bench.operations import operations, stage_work
 from fluxcore.bench.rates import Rates
+from fluxcore.drawn import DrawnPicture
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline import FluxPipeline
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
 from fluxcore.runtime import host_peak_bytes
 
 T = TypeVar("T")
-Pack = Callable[[Image.Image, GenerationParams], object]
+Pack = Callable[[DrawnPicture, GenerationParams], object]
 Times = dict[str, float]
 """Milliseconds by span, in the order in which they ran."""
 

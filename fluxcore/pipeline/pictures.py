@@ -1,4 +1,4 @@
-"""Pictures in and out: references and masks to tensors, decoded pixels to PIL.
+"""Pictures in and out: references and masks to tensors, decoded pixels to bytes.
 
 Source: diffusers Flux2ImageProcessor, Flux2KleinPipeline.__call__ (references) and
 Flux2KleinInpaintPipeline.__call__ (picture and mask).
@@ -6,17 +6,21 @@ Flux2KleinInpaintPipeline.__call__ (picture and mask).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from fluxcore.drawn import DrawnPicture
 from fluxcore.errors import DeviceFaultError
 from fluxcore.fitting import limit_area, whole_tokens
 from fluxcore.models import AutoEncoder
 from fluxcore.params import SIZE_MULTIPLE
 from fluxcore.pipeline.latents import unpack
+from fluxcore.residues import CHANNELS, FILTERS, LOOKED_AT, SAMPLED, strip_height
 
 
 def opaque(picture: Image.Image) -> Image.Image:
@@ -95,8 +99,55 @@ def to_bytes(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return bytes_, sound
 
 
-def to_picture(bytes_: Tensor, sound: Tensor) -> Image.Image:
-    """The 8-bit picture of what ``to_bytes`` found, on the host; a copy.
+def with_lines(
+    decode: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A ``PictureDecoder`` that gives ``to_lines`` of its bytes, too.
+
+    Around it and not within: a compiled form is to serve all sizes, and how high strips are
+    depends on each.
+    """
+
+    def decode_and_filter(
+        latents: Tensor, rows: int, columns: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bytes_, sound = decode(latents, rows, columns)
+        return bytes_, sound, to_lines(bytes_)
+
+    return decode_and_filter
+
+
+def to_lines(bytes_: Tensor) -> Tensor:
+    """Rows filtered for a PNG file; waits for nothing.
+
+    The same bytes as of ``fluxcore.residues.filtered``, in one go: what a strip's rows are with
+    each filter, and then of the one that leaves the least.
+
+    Shapes: [height, width, 3] uint8 -> [height, 1 + 3 width] uint8, the filter first.
+    """
+    rows = bytes_.flatten(1)  # [height, 3 width]
+    height, stride = rows.shape
+    count = strip_height(height, stride)
+    strips = -(-height // count)
+    # With what stands to the left of each row and above all, which is 0 outside of the picture.
+    framed = F.pad(rows, (CHANNELS, 0, 1, 0))
+    left, up = framed[1:, :stride], framed[:-1, CHANNELS:]
+    mean = ((left ^ up) >> 1) + (left & up)  # rounded down, without a wider type
+    residues = rows - torch.stack((left, up, mean))  # [filter, height, 3 width]
+    sample = residues[:, LOOKED_AT]
+    left_over = torch.minimum(sample, -sample).sum(dim=2)  # [filter, rows] int64
+    # Rows that a last strip does not have leave nothing: without any, the first filter is taken.
+    missing = strips * count // SAMPLED - left_over.shape[1]
+    of_strips = F.pad(left_over, (0, missing)).unflatten(1, (strips, -1)).sum(dim=2)
+    best = of_strips.argmin(dim=0)  # [strips]
+    of_rows = best[:, None].expand(strips, count).flatten()[:height, None]  # [height, 1]
+    chosen = residues.gather(0, of_rows.expand(1, height, stride))[0]  # [height, 3 width]
+    # The filters' numbers follow one another.
+    return torch.cat(((of_rows + FILTERS[0]).to(torch.uint8), chosen), dim=1)
+
+
+def to_picture(bytes_: Tensor, sound: Tensor, lines: Tensor | None = None) -> DrawnPicture:
+    """The 8-bit picture of what ``to_bytes`` and ``to_lines`` found, on the host; no copy.
 
     Raises:
         DeviceFaultError: some value is not finite, or all are the same, which is
@@ -109,7 +160,7 @@ def to_picture(bytes_: Tensor, sound: Tensor) -> Image.Image:
             f"the device returned a picture of {fault}; try again, and if it stays so, restart "
             "the program and try dtype float32"
         )
-    return Image.fromarray(bytes_.numpy())
+    return DrawnPicture(bytes_.numpy(), None if lines is None else lines.numpy())
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

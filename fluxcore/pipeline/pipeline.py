@@ -39,6 +39,7 @@ from fluxcore.pipeline.pictures import (
     to_picture,
     to_pixels,
     to_token_mask,
+    with_lines,
 )
 from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
@@ -57,7 +58,7 @@ from fluxcore.text import TokenizedPrompt
 from fluxcore.weights import LoadProgress, component_identity
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from fluxcore.drawn import DrawnPicture
 
 CONDITIONING_CACHE_BYTES = 256 * 2**20
 WARM_UP_PROMPT = "warm up"
@@ -113,8 +114,8 @@ class FluxPipeline:
         self.joint = JointSteps(lambda *args: self._velocity_of(*args), runtime, batching)
         decoder = PictureDecoder(self.vae, runtime.dtypes.vae, self._layout)
         runtime.compile_blocks((decoder,))
-        self._bytes_of: Callable[..., tuple[Tensor, Tensor]] = runtime.graphed(
-            decoder, GRAPHED_TOKENS
+        self._bytes_of: Callable[..., tuple[Tensor, ...]] = runtime.graphed(
+            with_lines(decoder) if runtime.filters_pictures else decoder, GRAPHED_TOKENS
         )
 
     @classmethod
@@ -316,8 +317,7 @@ class FluxPipeline:
         with translated_errors():
             return Denoising(self.transformer, inputs, params.sigmas, params.start_step)
 
-    @torch.inference_mode()
-    def decode(self, latents: Tensor, width: int, height: int) -> Image.Image:
+    def decode(self, latents: Tensor, width: int, height: int) -> DrawnPicture:
         """Latents to a picture on the host.
 
         Shapes: latents [1, h w, C], h = height / 16, w = width / 16.
@@ -325,9 +325,23 @@ class FluxPipeline:
         Raises:
             DeviceFaultError: the device returned something that is no picture.
         """
-        with translated_errors():
+        return self.begin_decode(latents, width, height)()
+
+    def begin_decode(self, latents: Tensor, width: int, height: int) -> Callable[[], DrawnPicture]:
+        """As ``decode``, but queued where that can be.
+
+        Returns:
+            What waits for the picture; it raises what ``decode`` does.
+        """
+        with torch.inference_mode(), translated_errors():
             drawn = self._bytes_of(latents.contiguous(), *_grid(width, height))
-            return to_picture(*self.runtime.to_host(*drawn))
+            copied = self.runtime.begin_to_host(*drawn)
+
+        def finish() -> DrawnPicture:
+            with translated_errors():
+                return to_picture(*copied())
+
+        return finish
 
     def run(self, params: GenerationParams) -> Run:
         """The whole job in slices: yields after each, returns the result.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
+from fluxcore.drawn import DrawnPicture
 from fluxcore.params import GenerationParams, Schedule
 from fluxcore.pipeline.denoise import DenoiseStep
 from fluxcore.weights import LoadReport
@@ -106,7 +107,7 @@ class GenerationResult:
         cache_hit: whether the prompt's conditioning was at hand.
     """
 
-    images: list[Image.Image]
+    pictures: list[DrawnPicture]
     seeds: list[int]
     timings: dict[str, float]
     warnings: list[str]
@@ -114,3 +115,8 @@ class GenerationResult:
     cache_hit: bool
     prompt_tokens: int
     peak_bytes: int
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures for PIL; each is made when it is first asked for."""
+        return [picture.image for picture in self.pictures]

@@ -24,9 +24,9 @@ from fluxcore.pipeline.result import GenerationResult, Progress, Stage
 from fluxcore.runtime import StageTimes, translated_errors
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
+    from fluxcore.drawn import DrawnPicture
     from fluxcore.pipeline.pipeline import FluxPipeline
 
 ATTEMPTS = 2
@@ -95,13 +95,15 @@ class Run(Iterator[Progress]):
         self.begun: deque[Begun] = deque()
         self._job = pipe.prepare(params)
         self._encoded: EncodedJob | None = None
-        self._images: list[Image.Image] = []
+        self._drawn: list[DrawnPicture] = []
         # Those in the making, side by side.
         self._pictures: list[Denoising] = []
         # One that was prepared ahead, or to see what its calls are like, and the first of these:
         # all others of the job have its size.
         self._next: Denoising | None = None
         self._like: Velocity | None = None
+        # Of a picture whose last step is not waited for yet.
+        self._decoding: Callable[[], DrawnPicture] | None = None
         self._slices = self._work()
 
     def __next__(self) -> Progress:
@@ -111,13 +113,13 @@ class Run(Iterator[Progress]):
         """Abandon the job."""
         self._slices.close()
         self._pictures.clear()
-        self._next = self._like = None
+        self._next = self._like = self._decoding = None
         self.begun.clear()
 
     def ready(self) -> list[Denoising]:
         """The pictures whose steps come next. Only once prompt and references are encoded."""
         if not self._pictures:
-            first, wanted = len(self._images), len(self._job.params.seeds)
+            first, wanted = len(self._drawn), len(self._job.params.seeds)
             call = self._call()
             most = self._passes * (wanted - first)
             count = self.pipe.joint.best(call, most) // self._passes
@@ -177,10 +179,10 @@ class Run(Iterator[Progress]):
         wanted = len(resolved.seeds)
         if (wanted > 1 or negative is not None) and self.try_joining(wanted):
             yield self._progress("trial")
-        while len(self._images) < wanted:
+        while len(self._drawn) < wanted:
             yield from self._draw()
         return GenerationResult(
-            images=self._images,
+            pictures=self._drawn,
             seeds=list(resolved.seeds),
             timings={**times.milliseconds, "total": times.total()},
             warnings=job.warnings,
@@ -192,35 +194,43 @@ class Run(Iterator[Progress]):
 
     def _draw(self) -> Generator[Progress, None, None]:
         """The next pictures, as many as are drawn side by side."""
-        drawn = yield from self._denoised()
-        params = self._job.params
-        for latents in drawn:
-            self._images.append((yield from self._decoded(latents)))
-            done = len(self._images)
+        denoised = yield from self._denoised()
+        params, after = self._job.params, len(self._drawn) + len(denoised)
+        for latents in denoised:
+            self._drawn.append((yield from self._decoded(latents, after)))
+            done = len(self._drawn)
             is_last = done == len(params.seeds)
             yield Progress("decode", done - 1, params.steps, params.steps, has_more=is_last)
 
-    def _decoded(self, latents: Tensor) -> Generator[Progress, None, Image.Image]:
-        """One picture; drawn again once, alone, when the device returns none."""
-        pipe, params = self.pipe, self._job.params
+    def _decoded(self, latents: Tensor, after: int) -> Generator[Progress, None, DrawnPicture]:
+        """One picture; drawn again once, alone, when the device returns none.
+
+        Args:
+            after: index of the first picture that is not in the making yet.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with self.times.stage("decode"):
-                    return pipe.decode(latents, params.width, params.height)
+                with self.times.stage("decode", waits=False):
+                    picture = self._decoding or self._begun_decoding(latents)
+                    self._decoding = None
+                    if len(self._drawn) + 1 == after:
+                        self._prepare_ahead(after)
+                    return picture()
             except DeviceFaultError:
                 # The fault may lie in what was kept for reuse: none of that may reach
                 # the next try, nor the next job.
-                pipe.forget()
+                self.pipe.forget()
+                self._next = None
                 if attempt == ATTEMPTS:
                     raise
             self._encode_again()
-            self._pictures = [self._denoising(len(self._images))]
+            self._pictures = [self._denoising(len(self._drawn))]
             (latents,) = yield from self._denoised()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _denoised(self) -> Generator[Progress, None, list[Tensor]]:
         """The final latents of the pictures in the making."""
-        first, steps = len(self._images), self._job.params.steps
+        first, steps = len(self._drawn), self._job.params.steps
         latents: list[Tensor] = []
         for begun in self._steps():
             latents = [step.latents for step in begun]
@@ -239,9 +249,15 @@ class Run(Iterator[Progress]):
             with self.times.stage("denoise", waits=False):
                 begin_ahead((self,))
                 steps, wait = self.begun.popleft()
+                is_over = not self.begun and self._pictures[0].is_over
+                if is_over and self.pipe.runtime.runs_ahead:
+                    self._decoding = self._begun_decoding(steps[0].latents)
                 wait()
             yield steps
-            is_over = not self.begun and self._pictures[0].is_over
+
+    def _begun_decoding(self, latents: Tensor) -> Callable[[], DrawnPicture]:
+        params = self._job.params
+        return self.pipe.begin_decode(latents, params.width, params.height)
 
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)
@@ -263,7 +279,7 @@ class Run(Iterator[Progress]):
     def _call(self) -> Velocity:
         """A call as every step of this job makes them."""
         if self._like is None:
-            self._next = self._next or self._denoising(len(self._images))
+            self._next = self._next or self._denoising(len(self._drawn))
             self._like = self._next.calls()[0]
         return self._like
 

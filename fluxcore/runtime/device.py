@@ -220,13 +220,31 @@ class Runtime:
 
     def to_host(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors in host memory; from CUDA through pinned memory, with one wait for all."""
+        return self.begin_to_host(*tensors)()
+
+    def begin_to_host(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
+        """As ``to_host``, but queued where that can be; what waits for it, when it is called."""
         if self.device.type != "cuda":
-            return [tensor.cpu() for tensor in tensors]
+            return lambda: [tensor.cpu() for tensor in tensors]
         places = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
         for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
-        return places
+        wait = self.mark()
+
+        def finish() -> list[Tensor]:
+            wait()
+            return places
+
+        return finish
+
+    @property
+    def filters_pictures(self) -> bool:
+        """Whether rows are filtered for PNG files before they come to the host.
+
+        A GPU does it along the way. Anywhere else it would keep the thread that draws, while
+        others have time for it.
+        """
+        return self.kind == "cuda"
 
     @property
     def channels_last(self) -> bool:

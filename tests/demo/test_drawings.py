@@ -227,7 +227,7 @@ def test_previews_show_the_coming_picture() -> None:
         ),
         on_step=lambda step, _: steps.append(step),
     )
-    previews = [pipeline.decode(step.predicted_clean(), SIZE, SIZE) for step in steps]
+    previews = [pipeline.decode(step.predicted_clean(), SIZE, SIZE).image for step in steps]
     final = result.images[0]
     assert len(previews) == 4
     for preview in previews:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.kernels import plain_attention
 from fluxcore.pipeline import DenoiseStep
+from fluxcore.residues import filtered, strip_height
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
 from fluxcore.runtime.graphs import CudaRecorder, Graphs
@@ -191,6 +193,17 @@ def test_attention_of_wide_heads_is_right(is_fused: bool) -> None:
     q, k, v = torch.randn(3, 1, 1, SCORED_ROWS + 100, 512, device="cuda").bfloat16()
     exact = plain_attention(q.float(), k.float(), v.float(), None)
     assert _relative(attention(q, k, v, None), exact) < 0.01
+
+
+@pytest.mark.parametrize("cuda_graphs", [0, 24], ids=["launched", "recorded"])
+def test_rows_are_filtered_as_on_the_host(tiny_checkpoint: Path, cuda_graphs: int) -> None:
+    pipe = _pipeline(tiny_checkpoint, compile_networks="off", cuda_graphs=cuda_graphs)
+    for seed in range(3):
+        params = GenerationParams(prompt="x", width=512, height=384, steps=1, seed=seed)
+        (picture,) = pipe.generate(params).pictures
+        rows = picture.pixels.reshape(384, -1)
+        expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape))))
+        assert picture.lines is not None and np.array_equal(picture.lines, expected)
 
 
 def test_what_comes_to_the_host_is_whole() -> None:

@@ -14,8 +14,15 @@ from PIL import Image
 from app.main import create_engine, serve
 from app.settings import Settings
 from app.telemetry import configure_logging
+from fluxcore.drawn import DrawnPicture
 from fluxcore.params import GenerationParams
-from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice, loader_of
+from tests.service.fake_pipeline import (
+    FakePipeline,
+    FakeResult,
+    FakeSlice,
+    as_drawn,
+    loader_of,
+)
 
 SMALL_PX = 64
 
@@ -25,16 +32,16 @@ class SmallPipeline(FakePipeline):
 
     def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
         result = yield from super().run(params)
-        small = Image.new("RGB", (SMALL_PX, SMALL_PX), "grey")
+        small = as_drawn(Image.new("RGB", (SMALL_PX, SMALL_PX), "grey"))
         return FakeResult(
-            images=[small] * params.n,
+            pictures=[small] * params.n,
             seeds=result.seeds,
             timings=result.timings,
             warnings=[],
             params=result.params,
         )
 
-    def decode(self, latents: int, width: int, height: int) -> Image.Image:
+    def decode(self, latents: int, width: int, height: int) -> DrawnPicture:
         return super().decode(latents % 256, SMALL_PX, SMALL_PX)
 
 

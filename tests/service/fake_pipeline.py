@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from app.engine import Loader, LoadStep
+from fluxcore.drawn import DrawnPicture
 from fluxcore.errors import (
     CheckpointNotFoundError,
     DeviceFaultError,
@@ -92,7 +94,7 @@ class FakeSlice:
 
 @dataclass(frozen=True)
 class FakeResult:
-    images: Sequence[Image.Image]
+    pictures: Sequence[DrawnPicture]
     seeds: Sequence[int]
     timings: dict[str, float]
     warnings: Sequence[str]
@@ -109,8 +111,13 @@ class FakeLoadStep:
     total_bytes: int
 
 
-class Unpackable(Image.Image):
-    """A picture that no encoder takes."""
+# A picture that no encoder takes.
+UNPACKABLE = DrawnPicture(np.zeros((64, 64), np.uint8))
+
+
+def as_drawn(image: Image.Image) -> DrawnPicture:
+    """An RGB image as if it had been drawn."""
+    return DrawnPicture(np.asarray(image))
 
 
 @dataclass
@@ -183,9 +190,9 @@ class FakePipeline:
                 raise RuntimeError("failed as it was abandoned") from None
             raise
         self.ended.append(prompt)
-        picture = Image.new("RGB", (resolved.width, resolved.height), "grey")
+        picture = as_drawn(Image.new("RGB", (resolved.width, resolved.height), "grey"))
         return FakeResult(
-            images=[Unpackable() if prompt == "unpackable" else picture] * params.n,
+            pictures=[UNPACKABLE if prompt == "unpackable" else picture] * params.n,
             seeds=resolved.seeds,
             timings={"text": 1.0, "denoise": 2.0, "decode": 3.0, "total": 6.0},
             warnings=[],
@@ -199,12 +206,12 @@ class FakePipeline:
     def begin_together(self, runs: Sequence[object]) -> None:
         raise AssertionError("jobs that gain nothing by it were joined")
 
-    def decode(self, latents: int, width: int, height: int) -> Image.Image:
+    def decode(self, latents: int, width: int, height: int) -> DrawnPicture:
         """A picture whose shade is the number."""
         self.decoded.append(latents)
         if latents in self.undecodable:
             raise DeviceFaultError("the device returned a picture of one constant colour")
-        return Image.new("RGB", (width, height), (latents, latents, latents))
+        return as_drawn(Image.new("RGB", (width, height), (latents, latents, latents)))
 
 
 def slices_of(resolved: FakeResolved) -> Iterator[FakeSlice]:

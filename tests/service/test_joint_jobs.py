@@ -30,7 +30,7 @@ from fluxcore.errors import DeviceFaultError, OutOfMemoryError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.joint_steps import JointSteps
 from tests.service.conftest import Live, StartLive, settings_for_tests, wait_until
-from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice
+from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice, as_drawn
 from tests.service.simulated_device import make
 
 # Clients of the bundled model that come at once.
@@ -211,8 +211,8 @@ class SideBySide(FakePipeline):
         by_step = sorted(plain, key=lambda done: (done.step, done.image_index))
         for done in by_step:
             yield replace(done, has_more=done.image_index == 0)
-        size = (params.width or 64, params.height or 64)
-        return FakeResult([Image.new("RGB", size)] * 2, [0, 1], {}, [], self.prepare(params).params)
+        picture = as_drawn(Image.new("RGB", (params.width or 64, params.height or 64)))
+        return FakeResult([picture] * 2, [0, 1], {}, [], self.prepare(params).params)
 
 
 def test_pictures_drawn_side_by_side_are_one_slice_and_one_progress(start_live: StartLive) -> None:

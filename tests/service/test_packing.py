@@ -7,16 +7,24 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from app.engine.metadata import EXIF_PROMPT_CHARS, Provenance, parameters_text
 from app.engine.packing import Packing, PictureFormat, pack_picture
+from fluxcore.drawn import DrawnPicture
+from fluxcore.params import GenerationParams
+from fluxcore.pipeline.pictures import to_lines
+from tests.service.conftest import StartLive
+from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice, as_drawn
 
-PICTURE = Image.effect_noise((64, 48), 60).convert("RGB")
+PICTURE = as_drawn(Image.effect_noise((64, 48), 60).convert("RGB"))
 MADE = Provenance(
     prompt="a red fox",
     negative_prompt=None,
@@ -76,7 +84,7 @@ def test_a_png_carries_everything_in_text_chunks(made: Provenance) -> None:
     assert (packed.format, packed.seed, packed.width, packed.height) == ("png", 42, 64, 48)
     picture = opened(packed.data)
     assert picture.format == "PNG"
-    assert picture.tobytes() == PICTURE.tobytes()
+    assert picture.tobytes() == PICTURE.pixels.tobytes()
     text = picture.text
     assert text["parameters"] == parameters_text(made)
     assert text["Title"] == made.prompt.splitlines()[0]
@@ -142,6 +150,60 @@ def test_quality_has_an_effect(picture_format: PictureFormat) -> None:
 def test_equal_pictures_are_equal_files(picture_format: PictureFormat) -> None:
     first, second = (pack_picture(PICTURE, Packing(picture_format), MADE).data for _ in range(2))
     assert first == second
+
+
+def test_a_png_needs_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Image.Image] = []
+    plain = Image.Image.__init__
+
+    def noted(image: Image.Image) -> None:
+        made.append(image)
+        plain(image)
+
+    monkeypatch.setattr(Image.Image, "__init__", noted)
+    picture = DrawnPicture(PICTURE.pixels)
+    pack_picture(picture, Packing("png"), MADE)
+    assert not made
+    pack_picture(picture, Packing("jpeg"), MADE)
+    assert made
+
+
+class Noisy(FakePipeline):
+    """Draws noise that a device filtered, or did not. Lines that are used can be told apart."""
+
+    def __init__(self, *, filters: bool, spoils: bool = False) -> None:
+        super().__init__()
+        self._filters, self._spoils = filters, spoils
+
+    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+        result = yield from super().run(params)
+        pictures = [self._drawn(seed, params) for seed in result.seeds]
+        return replace(result, pictures=pictures)
+
+    def _drawn(self, seed: int, params: GenerationParams) -> DrawnPicture:
+        shape = (params.height or 64, params.width or 64, 3)
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        lines = to_lines(torch.from_numpy(pixels)).numpy()
+        if self._spoils:
+            lines[0, 1:] += 1
+        return DrawnPicture(pixels, lines if self._filters else None)
+
+
+def test_a_file_does_not_tell_who_filtered(start_live: StartLive) -> None:
+    asked = {"width": 256, "height": 192, "seed": 5, "n": 2}
+    files = []
+    for pipeline in (
+        Noisy(filters=False),
+        Noisy(filters=True),
+        Noisy(filters=True, spoils=True),
+    ):
+        answer = start_live(pipeline).generate("noise", **asked)
+        assert answer.status_code == 200
+        files.append([image["b64"] for image in answer.json()["images"]])
+    by_host, by_device, spoiled = files
+    assert len(set(by_host)) == 2
+    assert by_host == by_device
+    assert spoiled != by_device, "lines that are there are used"
 
 
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool")

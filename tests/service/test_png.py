@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.engine.png import AVERAGE, SIGNATURE, STRIP_BYTES, SUB, UP, write_png
+from app.engine.png import SIGNATURE, write_png
+from fluxcore.residues import AVERAGE, STRIP_BYTES, SUB, UP
 
 TEXTS = [(b"tEXt", b"Software\0fluxd")]
 

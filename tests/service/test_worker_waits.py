@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 import time
+import weakref
+from collections.abc import Generator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +19,10 @@ from PIL import Image
 from app.engine import PackedPicture, Packing, engine, packing
 from app.engine.scheduler import Scheduler
 from app.telemetry import configure_logging
+from fluxcore.drawn import DrawnPicture
+from fluxcore.params import GenerationParams
 from tests.service.conftest import PATIENCE_S, StartLive, wait_until
+from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice, as_drawn
 from tests.service.test_packing import MADE
 
 
@@ -48,7 +55,8 @@ def test_a_picture_is_packed_while_all_threads_for_strips_are_busy() -> None:
     for _ in range(packing.STRIP_THREADS):
         pool._strips.submit(go_on.wait, PATIENCE_S)
     try:
-        pool.pack([(Image.effect_noise((256, 256), 60).convert("RGB"), MADE)], Packing(), deliver)
+        noise = as_drawn(Image.effect_noise((256, 256), 60).convert("RGB"))
+        pool.pack([(noise, MADE)], Packing(), deliver)
         assert delivered.wait(PATIENCE_S / 2)
         assert Image.open(io.BytesIO(packed[0].result().data)).size == (256, 256)
     finally:
@@ -66,7 +74,7 @@ def test_a_picture_that_is_packed_at_once_is_not_delivered_by_the_worker() -> No
         return future
 
     pool._pool.submit = submit_and_wait  # type: ignore[method-assign, assignment]
-    pictures = [(Image.new("RGB", (64, 64)), MADE)] * 2
+    pictures = [(as_drawn(Image.new("RGB", (64, 64))), MADE)] * 2
     pool.pack(pictures, Packing(), lambda _: threads.append(threading.current_thread().name))
     pool.close()
     assert len(threads) == 1 and threads[0].startswith("fluxd-pack")
@@ -77,9 +85,38 @@ def test_what_cannot_be_delivered_is_told(caplog: pytest.LogCaptureFixture) -> N
         raise ValueError("nobody is there")
 
     pool = packing.PackingPool()
-    pool.pack([(Image.new("RGB", (64, 64)), MADE)], Packing(), deliver)
+    pool.pack([(as_drawn(Image.new("RGB", (64, 64))), MADE)], Packing(), deliver)
     pool.close()
     assert "nobody is there" in caplog.text
+
+
+def test_nothing_of_a_picture_stays_while_no_job_waits(start_live: StartLive) -> None:
+    """Not even until a collector comes: pixels of large pictures lie in memory that is scarce."""
+    left: list[weakref.ref[DrawnPicture]] = []
+
+    class Remembering(FakePipeline):
+        def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+            result = yield from super().run(params)
+            pictures = [DrawnPicture(result.pictures[0].pixels.copy()) for _ in result.seeds]
+            left.extend(weakref.ref(picture) for picture in pictures)
+            return replace(result, pictures=pictures)
+
+        def decode(self, latents: int, width: int, height: int) -> DrawnPicture:
+            picture = super().decode(latents, width, height)
+            left.append(weakref.ref(picture))
+            return picture
+
+    live = start_live(Remembering())
+    gc.disable()
+    try:
+        with live.client() as client:
+            asked = {"prompt": "x", "n": 2, "previews": 1, "stream": True}
+            assert client.post("/v1/generate", json=asked).status_code == 200
+        wait_until(lambda: live.engine.is_idle)
+        wait_until(lambda: not any(picture() is not None for picture in left))
+        assert len(left) == 2 + 2
+    finally:
+        gc.enable()
 
 
 def test_the_answer_does_not_wait_for_the_line_in_the_log(

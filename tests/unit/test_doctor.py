@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from fluxcore import FluxPipeline, doctor
 from fluxcore.bundled import bundled_model
 from fluxcore.config import read_checkpoint_config
 from fluxcore.doctor import Finding, Status, guarded
+from fluxcore.drawn import DrawnPicture
 from fluxcore.kernels import Kernels
 from fluxcore.runtime import Runtime, choose_runtime
 
@@ -121,12 +121,13 @@ def test_the_bundled_model_draws_the_known_picture_and_no_other(
 ) -> None:
     sound = doctor.known_picture("cpu")
     assert sound.status is Status.OK, f"new weights? python -m demo.known_picture ({sound.detail})"
-    decode = FluxPipeline.decode
+    begin = FluxPipeline.begin_decode
 
-    def shifted(self: FluxPipeline, *args: Any) -> Image.Image:
-        return Image.fromarray(np.roll(np.asarray(decode(self, *args)), 8, axis=1))
+    def shifted(self: FluxPipeline, *args: Any) -> Callable[[], DrawnPicture]:
+        decoding = begin(self, *args)
+        return lambda: DrawnPicture(np.roll(decoding().pixels, 8, axis=1))
 
-    monkeypatch.setattr(FluxPipeline, "decode", shifted)
+    monkeypatch.setattr(FluxPipeline, "begin_decode", shifted)
     finding = doctor.known_picture("cpu")
     assert finding.status is Status.FAULT
     assert finding.remedy

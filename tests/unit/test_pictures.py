@@ -41,7 +41,7 @@ def through_png(picture: Image.Image) -> Image.Image:
 
 def shown(pixels: torch.Tensor) -> Image.Image:
     """Decoded pixels as the picture that a caller gets."""
-    return to_picture(*to_bytes(pixels))
+    return to_picture(*to_bytes(pixels)).image
 
 
 def corner(picture: Image.Image) -> object:

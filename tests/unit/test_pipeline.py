@@ -18,6 +18,8 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_SEED
 from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress
+from fluxcore.residues import filtered, strip_height
+from fluxcore.runtime import Runtime
 from tests.unit.running_ahead import told_ahead
 
 Encoded = list[int]
@@ -183,7 +185,7 @@ def test_an_all_black_mask_gives_the_picture_back(pipe: FluxPipeline) -> None:
     job = pipe.prepare(params(mask=Image.new("L", (80, 64)), **fields))
     latents = pipe.encode_references(job).first
     assert latents is not None
-    assert pipe.decode(latents, 80, 64).tobytes() == kept.tobytes()
+    assert pipe.decode(latents, 80, 64).pixels.tobytes() == kept.tobytes()
 
 
 def test_the_stages_one_by_one_make_the_same_picture(pipe: FluxPipeline) -> None:
@@ -193,14 +195,49 @@ def test_the_stages_one_by_one_make_the_same_picture(pipe: FluxPipeline) -> None
         steps = list(pipe.denoise(job, image_index=i))
         assert [step.index for step in steps] == [1, 2]
         picture = pipe.decode(steps[-1].latents, 64, 64)
-        assert picture.tobytes() == pixels(expected)[i]
+        assert picture.pixels.tobytes() == pixels(expected)[i]
+
+
+def test_images_are_made_for_those_who_ask(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Image.Image] = []
+    plain = Image.Image.__init__
+
+    def noted(image: Image.Image) -> None:
+        made.append(image)
+        plain(image)
+
+    monkeypatch.setattr(Image.Image, "__init__", noted)
+    result = pipe.generate(params(n=2))
+    assert not made
+    assert [image.tobytes() for image in result.images] == [
+        picture.pixels.tobytes() for picture in result.pictures
+    ]
+    assert made and all(a is b for a, b in zip(result.images, result.images, strict=True))
+
+
+@pytest.mark.parametrize("filters", [False, True], ids=["host", "device"])
+def test_a_device_that_filters_gives_the_lines_of_its_pictures(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, filters: bool
+) -> None:
+    monkeypatch.setattr(Runtime, "filters_pictures", filters)
+    pipe = FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")
+    for picture in pipe.generate(params(width=96, n=2)).pictures:
+        assert (picture.width, picture.height) == (96, 64)
+        rows = picture.pixels.reshape(64, -1)
+        expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape))))
+        if filters:
+            assert picture.lines is not None and np.array_equal(picture.lines, expected)
+        else:
+            assert picture.lines is None
 
 
 def test_the_last_step_s_preview_is_the_picture(pipe: FluxPipeline) -> None:
     """Both sums are the same but for rounding: at most 1 of 255."""
     last = list(pipe.denoise(pipe.prepare(params())))[-1]
     preview, final = (
-        np.asarray(pipe.decode(latents, 64, 64)).astype(int)
+        pipe.decode(latents, 64, 64).pixels.astype(int)
         for latents in (last.predicted_clean(), last.latents)
     )
     assert np.abs(preview - final).max() <= 1
@@ -307,10 +344,27 @@ def test_a_gpu_has_the_next_work_before_the_last_is_waited_for(
         *("prepared", "waited for 1"),
         *("begun", "begun", "waited for 2", "shown 1"),
         *("begun", "waited for 3", "shown 2"),
-        *("waited for 4", "shown 3"),
+        *("decoding", "waited for 4", "shown 3"),
     ]
     assert result.images[0].tobytes() == expected
     assert result.timings["denoise"] > 0
+
+
+def test_a_gpu_is_at_work_while_the_next_picture_is_prepared(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pixels(pipe.generate(params(n=2)))
+    told = told_ahead(pipe, monkeypatch)
+    result = pipe.generate(params(n=2), lambda step, i: told.append(f"shown {i}.{step.index}"))
+    assert told == [
+        *("waited for 1", "prepared"),
+        *("begun", "begun", "waited for 2", "shown 0.1"),
+        *("decoding", "waited for 3", "shown 0.2"),
+        "prepared",
+        *("begun", "begun", "waited for 4", "shown 1.1"),
+        *("decoding", "waited for 5", "shown 1.2"),
+    ]
+    assert pixels(result) == expected
 
 
 def test_the_result_tells_times_memory_and_what_was_used(pipe: FluxPipeline) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,19 @@ def test_both_tries_are_seen_in_the_progress(
         told = [(p.stage, p.step) for p in pipe.run(REQUEST)]
     tried = [("denoise", 1), ("denoise", 2)]
     assert told == [("text", 0), *tried, *tried, ("decode", 2)]
+
+
+def test_what_was_prepared_from_a_fault_is_dropped(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second picture is prepared, from the broken text, before the first is seen to be."""
+    request = replace(REQUEST, n=2)
+    expected = pixels(pipe.generate(request))
+    pipe.conditioning_cache.clear()
+    monkeypatch.setattr(Runtime, "runs_ahead", True)
+    with faulty(pipe.text_encoder, float("nan")) as calls:
+        assert pixels(pipe.generate(request)) == expected
+    assert len(calls) == 2
 
 
 def test_a_queued_step_that_fails_ends_its_job_and_no_other(

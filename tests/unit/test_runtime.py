@@ -222,6 +222,12 @@ def test_steps_are_queued_ahead_on_cuda_unless_layers_are_streamed() -> None:
     assert not Runtime(torch.device("cpu"), "cpu", FLOAT32, "x").runs_ahead
 
 
+@pytest.mark.parametrize("kind", device_module.KINDS)
+def test_pictures_are_filtered_on_cuda_alone(kind: str) -> None:
+    cpu = torch.device("cpu")
+    assert Runtime(cpu, kind, FLOAT32, "x").filters_pictures == (kind == "cuda")
+
+
 def test_without_triton_pytorch_s_kernels_do_and_the_log_says_why(
     machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

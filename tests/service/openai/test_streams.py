@@ -23,7 +23,7 @@ from app.api import event_stream
 from fluxcore import FluxPipeline
 from fluxcore.params import GenerationParams
 from tests.service.conftest import PATIENCE_S, Live, StartLive, error_of, wait_until
-from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice
+from tests.service.fake_pipeline import FakePipeline, FakeResult, FakeSlice, as_drawn
 from tests.service.openai.conftest import DATA_URL, PNG, picture_of, same
 
 BODY = {"prompt": "a red fox", "size": "64x96", "seed": 7, "stream": True}
@@ -297,7 +297,7 @@ class NoisyPipeline(FakePipeline):
     def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
         result = yield from super().run(params)
         noise = Image.effect_noise((params.width or 64, params.height or 64), 90).convert("RGB")
-        return dataclasses.replace(result, images=[noise] * params.n)
+        return dataclasses.replace(result, pictures=[as_drawn(noise)] * params.n)
 
 
 def ask_by_socket(live: Live, client: socket.socket, **given: Any) -> None:

@@ -111,5 +111,5 @@ def test_a_group_is_queued_ahead_and_waited_for_once_a_step(
         *("waited for 1", "prepared", "prepared"),
         *("begun", "begun", "waited for 2", "shown 0.1", "shown 1.1"),
         *("begun", "waited for 3", "shown 0.2", "shown 1.2"),
-        *("waited for 4", "shown 0.3", "shown 1.3"),
+        *("decoding", "waited for 4", "shown 0.3", "shown 1.3", "decoding"),
     ]
