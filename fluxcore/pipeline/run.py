@@ -220,7 +220,6 @@ class Run(Iterator[Progress]):
                 # The fault may lie in what was kept for reuse: none of that may reach
                 # the next try, nor the next job.
                 self.pipe.forget()
-                self._next = None
                 if attempt == ATTEMPTS:
                     raise
             self._encode_again()
