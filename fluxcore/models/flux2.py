@@ -40,10 +40,12 @@ class Modulation(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> Modulation:
-        """From what the modulation weights give. Shapes: [17, ..., D]."""
-        ones = torch.zeros(MODULATION_ROWS, *(1 for _ in rows.shape[1:]))
-        ones[list(SCALE_ROWS)] = 1
-        return cls(*(rows + ones.to(rows)).split((6, 6, 3, 2)))
+        """From what the modulation weights give. Shapes: [17, ..., D].
+
+        Nothing comes from the host, for which a GPU would have to end what it is at.
+        """
+        parts = [row + 1 if i in SCALE_ROWS else row for i, row in enumerate(rows)]
+        return cls(*torch.stack(parts).split((6, 6, 3, 2)))
 
 
 ALL = slice(None)

@@ -15,6 +15,8 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.kernels import plain_attention
 from fluxcore.pipeline import DenoiseStep
+from fluxcore.pipeline.denoise import step_together
+from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
 from fluxcore.residues import filtered, strip_height
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
@@ -78,6 +80,25 @@ def test_graphs_change_no_bit(plain: FluxPipeline, tiny_checkpoint: Path) -> Non
             assert _bytes(graphed, params) == expected, f"{name}, {use}"
     assert graphed.runtime.graphs is not None
     assert len(graphed.runtime.graphs) > 4
+
+
+def test_what_is_queued_waits_for_nothing(tiny_checkpoint: Path) -> None:
+    """From the text on: noise, steps and decoding are queued while the device is busy."""
+    pipe = _pipeline(tiny_checkpoint, compile_networks="off", cuda_graphs=24)
+    params = REQUESTS["text"]
+    expected = [pipe.generate(params).pictures[0].pixels for _ in "12"][1]
+    job = pipe.prepare(params)
+    encoded = EncodedJob(*pipe.encode_text(job), NO_REFERENCES)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            picture = pipe.denoising(job, 0, encoded)
+            while not picture.is_over:
+                (step,) = step_together((picture,), pipe.joint.velocities)
+            decoding = pipe.begin_decode(step.latents, params.width, params.height)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.array_equal(decoding().pixels, expected)
 
 
 def test_the_peak_of_memory_is_pytorch_s_own() -> None:
