@@ -199,6 +199,7 @@ class Bench:
         encoder = copy.deepcopy(self.plain.text_encoder)
         blocks = (*transformer.double_blocks, *transformer.single_blocks, *encoder.layers)
         quantise(blocks, self.runtime.eight_bits("fp8"))
+        self.runtime.arrange(transformer, copy.deepcopy(self.plain.vae))
         pipe = self.pipeline(graphs=True, transformer=transformer, text_encoder=encoder)
         self._measure("fp8+graphs", pipe, self.runs)
         self._distance("plain", "fp8+graphs")

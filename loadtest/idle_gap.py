@@ -44,9 +44,9 @@ class Watched:
         """Each job's slices are to be its own."""
         return 1.0
 
-    def run(self, params: Any) -> Generator[Any, None, Any]:
+    def run(self, params: Any, *, alone: bool = False) -> Generator[Any, None, Any]:
         self._jobs += 1
-        job, work = self._jobs, self._pipeline.run(params)
+        job, work = self._jobs, self._pipeline.run(params, alone=alone)
         while True:
             began = time.perf_counter()
             try:

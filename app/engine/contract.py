@@ -155,7 +155,8 @@ class Pipeline(Protocol):
 
     def prepare(self, params: GenerationParams) -> Prepared: ...
 
-    def run(self, params: GenerationParams) -> Run: ...
+    def run(self, params: GenerationParams, *, alone: bool = False) -> Run:
+        """A job's slices. One that is alone may begin to draw before its prompt is waited for."""
 
     def share(self, run: Any, count: int) -> float:
         """Time of a step of one of so many jobs like this one, taken as one, of its time alone.

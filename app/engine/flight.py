@@ -55,7 +55,7 @@ class Flight:
         self._scheduler = scheduler
         self._metrics = metrics
         self._pipeline = pipeline
-        self.run = pipeline.run(job.params)
+        self.run = pipeline.run(job.params, alone=scheduler.is_alone)
         self._previewer = Previewer(job, pipeline)
         self.result: Result | None = None
         self.times = FlightTimes()

@@ -79,6 +79,11 @@ class Scheduler:
             return list(self._active)
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is one job and no other, be it one that waits or one that has begun."""
+        return len(self._waiting) + len(self._active) == 1
+
+    @property
     def in_flight(self) -> int:
         """Jobs that have begun and are not answered."""
         return len(self._active) + self._packing

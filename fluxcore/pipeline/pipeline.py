@@ -343,12 +343,15 @@ class FluxPipeline:
 
         return finish
 
-    def run(self, params: GenerationParams) -> Run:
+    def run(self, params: GenerationParams, *, alone: bool = False) -> Run:
         """The whole job in slices: yields after each, returns the result.
 
         Closing it abandons the job.
+
+        Args:
+            alone: no other job is there whose steps may be taken with its first ones.
         """
-        return Run(self, params)
+        return Run(self, params, alone=alone)
 
     def share(self, run: Run, count: int) -> float:
         """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
@@ -383,7 +386,7 @@ class FluxPipeline:
             OutOfMemoryError: it does not fit into memory.
             DeviceFaultError: the device failed twice.
         """
-        work = self.run(params)
+        work = self.run(params, alone=True)
         while True:
             try:
                 progress = next(work)

@@ -81,6 +81,9 @@ class Run(Iterator[Progress]):
     A picture that comes out broken is drawn once more before ``DeviceFaultError`` is raised.
     Small pictures of one job are drawn side by side where that was measured to be faster.
 
+    Args:
+        alone: as ``FluxPipeline.run`` takes it.
+
     Attributes:
         times: of its stages so far.
         begun: steps that are not yet shown, in their order.
@@ -89,8 +92,9 @@ class Run(Iterator[Progress]):
         InvalidParamsError: the request does not fit the model.
     """
 
-    def __init__(self, pipe: FluxPipeline, params: GenerationParams) -> None:
+    def __init__(self, pipe: FluxPipeline, params: GenerationParams, *, alone: bool) -> None:
         self.pipe = pipe
+        self._alone = alone
         self.times = StageTimes(pipe.runtime.synchronize)
         self.begun: deque[Begun] = deque()
         self._job = pipe.prepare(params)
@@ -164,7 +168,7 @@ class Run(Iterator[Progress]):
             # Before control is handed back: the first step may be taken together with another's.
             self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
             if not positive.cache_hit and not job.request.references:
-                self._prepare_ahead(0)
+                self._begin_behind_the_text()
             wait()
         self._warn_of_cuts(positive, negative)
         yield self._progress("text")
@@ -260,6 +264,18 @@ class Run(Iterator[Progress]):
 
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)
+
+    def _begin_behind_the_text(self) -> None:
+        """Queue the first steps, or what they need, while the device is at the prompt.
+
+        Steps only where nothing else may come before them: other jobs', or a trial.
+        """
+        params = self._job.params
+        is_simple = len(params.seeds) == 1 and params.guidance is None
+        if self.pipe.runtime.runs_ahead and self._alone and is_simple:
+            begin_ahead((self,))
+        else:
+            self._prepare_ahead(0)
 
     def _prepare_ahead(self, index: int) -> None:
         """Noise and the like of the next picture, while the device is busy with what comes before.

@@ -113,13 +113,16 @@ class Runtime:
         """Lay loaded weights out as this device's kernels read them, once."""
         if not self.uses_triton:
             return
-        from fluxcore.runtime import triton_blocks, triton_vae
+        from fluxcore.runtime import triton_blocks, triton_narrow_blocks, triton_vae
 
         for level in vae.decoder.levels[:-1]:
             level.resample.fused = triton_vae.FusedUpsample(level.resample.conv)
-        is_taken = self.capability == HOPPER and self.residency != "low"
-        if is_taken and triton_blocks.fits(transformer):
+        if self.residency == "low":
+            return
+        if self.capability == HOPPER and triton_blocks.fits(transformer):
             transformer.fused_blocks = triton_blocks.FusedBlocks(transformer)
+        elif triton_narrow_blocks.fits(transformer):
+            transformer.fused_blocks = triton_narrow_blocks.NarrowBlocks(transformer)
 
     @property
     def encoder_precision(self) -> Precision:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
-from fluxcore.runtime.triton_kernels import Rope, add_gated, launch
+from fluxcore.runtime.triton_kernels import FormedRows, Rope, _store_row, add_gated, launch
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048
@@ -107,38 +107,56 @@ class FusedBlocks:
     def _next(
         self, x: Tensor, update: Update | None, shift: Tensor, factor: Tensor, split: int
     ) -> tuple[Tensor, Tensor]:
-        """x with an update, and that modulated for what comes next.
+        """As ``next_rows``; all layers take rows that are not rounded."""
+        linear = self._single[0].qkv_mlp
+        x, rows = next_rows(linear, x, update, shift, factor, split, self._eps)
+        return x, rows.values
 
-        Shapes: x [B, L, D], contiguous; shift and factor [1, D], or [2, D] for both streams.
-        """
-        _, tokens, width = x.shape
-        rows = torch.empty_like(x)
-        total = x if update is None else torch.empty_like(x)
-        parts, gate = update or Update((x,), shift)
-        launch(
-            _add_and_modulate,
-            (x.numel() // width,),
-            x,
-            parts[0],
-            parts[-1],
-            gate,
-            shift,
-            factor,
-            total,
-            rows,
-            split,
-            tokens,
-            width,
-            # Where the vectors of the second stream begin.
-            gate.numel() - width,
-            shift.numel() - width,
-            self._eps,
-            update is not None,
-            len(parts) == 2,
-            triton.next_power_of_2(width),
-            num_warps=4,
-        )
-        return total, rows
+
+def next_rows(
+    linear: nn.Module,
+    x: Tensor,
+    update: Update | None,
+    shift: Tensor,
+    factor: Tensor,
+    split: int,
+    eps: float,
+) -> tuple[Tensor, FormedRows]:
+    """x with an update, and that modulated for the layer that comes next.
+
+    Shapes: x [B, L, D], contiguous; shift and factor [1, D], or [2, D] for both streams, of which
+    the first has ``split`` tokens.
+    """
+    _, tokens, width = x.shape
+    rows = FormedRows.made(linear, x, width)
+    total = x if update is None else torch.empty_like(x)
+    parts, gate = update or Update((x,), shift)
+    launch(
+        _add_and_modulate,
+        (x.numel() // width,),
+        x,
+        parts[0],
+        parts[-1],
+        gate,
+        shift,
+        factor,
+        total,
+        rows.values,
+        rows.scales,
+        split,
+        tokens,
+        width,
+        # Where the vectors of the second stream begin.
+        gate.numel() - width,
+        shift.numel() - width,
+        eps,
+        *rows.rounding,
+        update is not None,
+        len(parts) == 2,
+        triton.next_power_of_2(width),
+        num_warps=4,
+    )
+    return total, rows
 
 
 def put_in_turns(rows: Tensor) -> None:
@@ -269,12 +287,16 @@ def _add_and_modulate(
     factor,
     total,
     rows,
+    scales,
     split,
     tokens,
     width,
     gate_step,
     norm_step,
     eps,
+    largest,
+    smallest,
+    ROUND: tl.constexpr,
     ADD: tl.constexpr,
     TWO: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -307,4 +329,4 @@ def _add_and_modulate(
     step = stream * norm_step
     scaled = normed * tl.load(factor + step + at, mask=inside, other=0.0).to(tl.float32)
     moved = scaled + tl.load(shift + step + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(rows + row * width + at, moved.to(rows.dtype.element_ty), mask=inside)
+    _store_row(moved, rows, scales, width, largest, smallest, ROUND, BLOCK)

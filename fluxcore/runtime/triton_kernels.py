@@ -68,9 +68,9 @@ def _store_row(
     if ROUND:
         # As if it had been written in between.
         values = values.to(tl.bfloat16).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(values), 0), smallest) / largest
-        tl.store(scales + row, scale)
-        values = values / scale
+        most = tl.maximum(tl.max(tl.abs(values), 0), smallest)
+        tl.store(scales + row, most / largest)
+        values *= largest / most
     tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
 
 
@@ -367,16 +367,17 @@ def _gate_and_round(
     if MORE_COPIED > 0:
         more_copies, of_part = _copied_part(copied, kept, COPIED, MORE_COPIED)
         most = tl.maximum(most, of_part)
-    scale = tl.maximum(most, smallest) / largest
-    tl.store(scales + row, scale)
+    most = tl.maximum(most, smallest)
+    tl.store(scales + row, most / largest)
+    factor = largest / most
     place = out + row * (kept + mlp)
-    _store_part(gated / scale, place + kept, mlp, 0, GATED)
+    _store_part(gated * factor, place + kept, mlp, 0, GATED)
     if MORE_GATED > 0:
-        _store_part(more_gated / scale, place + kept, mlp, GATED, MORE_GATED)
+        _store_part(more_gated * factor, place + kept, mlp, GATED, MORE_GATED)
     if COPIED > 0:
-        _store_part(copies / scale, place, kept, 0, COPIED)
+        _store_part(copies * factor, place, kept, 0, COPIED)
     if MORE_COPIED > 0:
-        _store_part(more_copies / scale, place, kept, COPIED, MORE_COPIED)
+        _store_part(more_copies * factor, place, kept, COPIED, MORE_COPIED)
 
 
 def _parts(columns: int) -> tuple[int, int]:

@@ -30,7 +30,9 @@ SMALL_PX = 64
 class SmallPipeline(FakePipeline):
     """Packing thousands of large pictures would tell nothing more."""
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         result = yield from super().run(params)
         small = as_drawn(Image.new("RGB", (SMALL_PX, SMALL_PX), "grey"))
         return FakeResult(

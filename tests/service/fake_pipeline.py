@@ -172,7 +172,9 @@ class FakePipeline:
             )
         )
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         prompt, resolved = params.prompt, self.prepare(params).params
         self.threads.add(threading.current_thread().name)
         self.ran.append(prompt)

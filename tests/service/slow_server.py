@@ -27,7 +27,9 @@ LAST_SLICE_S = 2.0
 class SlowPipeline(FakePipeline):
     """Takes a tenth of a second for each of its slices."""
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         slices = super().run(params)
         if params.prompt == "stuck":
             threading.Event().wait()

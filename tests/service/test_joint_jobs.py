@@ -77,7 +77,7 @@ class JointPipeline(FakePipeline):
         super().__post_init__()
         self.holding.set()
 
-    def run(self, params: GenerationParams) -> Any:
+    def run(self, params: GenerationParams, *, alone: bool = False) -> Any:
         return JointRun(params.prompt, super().run(params))
 
     def share(self, run: Any, count: int) -> float:
@@ -206,7 +206,7 @@ def test_each_is_told_its_own_steps_and_previews(start_live: StartLive) -> None:
 class SideBySide(FakePipeline):
     """Draws the two pictures of a job in the same slices."""
 
-    def run(self, params: GenerationParams) -> Any:
+    def run(self, params: GenerationParams, *, alone: bool = False) -> Any:
         plain = [done for done in super().run(params) if done.stage == "denoise"]
         by_step = sorted(plain, key=lambda done: (done.step, done.image_index))
         for done in by_step:
@@ -328,6 +328,7 @@ class Ledger:
     """Stands in for the scheduler: what each slice was said to have taken."""
 
     told: list[tuple[str, float]] = field(default_factory=list)
+    is_alone = True
 
     def slice_done(self, job: Job, stage: str, took_s: float) -> None:
         self.told.append((stage, took_s))
@@ -355,7 +356,7 @@ def test_a_job_is_charged_its_part_of_a_joint_step_and_each_picture_its_own(
 class LastAtOnce(FakePipeline):
     """Says of its last slice that only the result comes after it."""
 
-    def run(self, params: GenerationParams) -> Any:
+    def run(self, params: GenerationParams, *, alone: bool = False) -> Any:
         yield FakeSlice("decode", 0, 1, 1, has_more=True)
         return "the result"
 
@@ -412,3 +413,19 @@ def test_clients_that_come_at_once_each_get_their_own_picture(
         apart = [abs(found - other).max() for other in alone]
         assert apart[seed] == 0 if batching == "exact" else apart[seed] <= 2
         assert all(apart[seed] < other for i, other in enumerate(apart) if i != seed)
+
+
+def test_a_job_is_told_whether_it_is_alone() -> None:
+    """One that is may begin its first step before another could be joined to it."""
+    told: list[bool] = []
+
+    class Told(FakePipeline):
+        def run(self, params: GenerationParams, *, alone: bool = False) -> Any:
+            told.append(alone)
+            return super().run(params)
+
+    for is_alone in (True, False):
+        ledger = Ledger()
+        ledger.is_alone = is_alone
+        Flight(make("one"), Told(), ledger, Metrics())  # type: ignore[arg-type]
+    assert told == [True, False]

@@ -38,7 +38,9 @@ class TimedPipeline(FakePipeline):
         """Count anew, from the next job on."""
         self.idle_s, self._worked_s = 0.0, None
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         if self._worked_s is not None and self.depth() == 0:
             self.idle_s += time.monotonic() - self._worked_s
         slices = super().run(params)

@@ -175,7 +175,9 @@ class Noisy(FakePipeline):
         super().__init__()
         self._filters, self._spoils = filters, spoils
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         result = yield from super().run(params)
         pictures = [self._drawn(seed, params) for seed in result.seeds]
         return replace(result, pictures=pictures)

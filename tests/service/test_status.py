@@ -84,7 +84,7 @@ def test_health_tells_what_runs_where(start: Start) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_health_fails_when_the_worker_has_died(start: Start) -> None:
     class Deadly(FakePipeline):
-        def run(self, params: object) -> object:
+        def run(self, params: object, *, alone: bool) -> object:
             raise SystemExit
 
     client = start(Deadly())

@@ -95,7 +95,9 @@ def test_nothing_of_a_picture_stays_while_no_job_waits(start_live: StartLive) ->
     left: list[weakref.ref[DrawnPicture]] = []
 
     class Remembering(FakePipeline):
-        def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+        def run(
+            self, params: GenerationParams, *, alone: bool = False
+        ) -> Generator[FakeSlice, None, FakeResult]:
             result = yield from super().run(params)
             pictures = [DrawnPicture(result.pictures[0].pixels.copy()) for _ in result.seeds]
             left.extend(weakref.ref(picture) for picture in pictures)

@@ -340,14 +340,27 @@ def test_a_gpu_has_the_next_work_before_the_last_is_waited_for(
     pipe.conditioning_cache.clear()
     result = pipe.generate(params, lambda step, _: told.append(f"shown {step.index}"))
     assert told == [
-        # the text is waited for
-        *("prepared", "waited for 1"),
-        *("begun", "begun", "waited for 2", "shown 1"),
+        *("prepared", "begun", "begun"),
+        "waited for 1",  # the text
+        *("waited for 2", "shown 1"),
         *("begun", "waited for 3", "shown 2"),
         *("decoding", "waited for 4", "shown 3"),
     ]
     assert result.images[0].tobytes() == expected
     assert result.timings["denoise"] > 0
+
+
+def test_a_job_that_is_not_alone_begins_no_step_before_its_turn(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = told_ahead(pipe, monkeypatch)
+    for request, alone in ((params(), False), (params(n=2), True)):
+        pipe.conditioning_cache.clear()
+        work = pipe.run(request, alone=alone)
+        assert next(work).stage == "text"
+        assert "prepared" in told and "begun" not in told
+        work.close()
+        told.clear()
 
 
 def test_a_gpu_is_at_work_while_the_next_picture_is_prepared(

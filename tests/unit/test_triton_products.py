@@ -18,6 +18,7 @@ from fluxcore.models import flux2
 from fluxcore.models.rope import Rope
 from fluxcore.models.vae import AutoEncoder
 from fluxcore.runtime import Runtime, choose_runtime
+from fluxcore.runtime.quantised import FP8, PLAIN_FP8, quantise
 from tests.unit.interpreted import interpreter_that_knows_bfloat16
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -27,9 +28,11 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 if not IS_HOPPER and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
     pytest.skip("neither a Hopper GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 from fluxcore.runtime import triton_blocks as fused_blocks  # noqa: E402
+from fluxcore.runtime import triton_narrow_blocks as narrow_blocks  # noqa: E402
 from fluxcore.runtime import triton_products as products  # noqa: E402
 
 DEVICE = torch.device("cuda" if IS_HOPPER else "cpu")
+FORMAT = FP8 if IS_HOPPER else PLAIN_FP8
 CONFIG = TransformerConfig(
     in_channels=128,
     out_channels=128,
@@ -198,3 +201,18 @@ def test_a_transformer_is_arranged_where_the_kernels_were_made_for(
         assert torch.equal(after[:half], rows[:half])
         assert torch.equal(after[half : 2 * half], rows[gates:][:half])
     assert torch.equal(stream.qkv.weight, qkv_before)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "out"), [(2, 150, 90), (1, 70, 70)])
+def test_blocks_in_fp8_are_those_of_the_plain_form(batch: int, tokens: int, out: int) -> None:
+    exact, rounded, _ = transformers()
+    assert not narrow_blocks.fits(rounded)
+    quantise((*rounded.double_blocks, *rounded.single_blocks), FORMAT)
+    assert narrow_blocks.fits(rounded) and not fused_blocks.fits(rounded)
+    given = inputs(batch, tokens, out)
+    found = narrow_blocks.NarrowBlocks(rounded)(*given)
+    plain = rounded.run_blocks(*given)
+    assert found.shape == (batch, out, CONFIG.width) and found.dtype == plain.dtype
+    expected = exact.run_blocks(*given.wide())
+    # The interpreter cuts digits off where a GPU rounds, of which fp8 has three.
+    assert apart(found, expected) < (1.1 if IS_HOPPER else 2.5) * apart(plain, expected)

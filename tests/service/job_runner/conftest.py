@@ -28,7 +28,9 @@ class SeeingPipeline(FakePipeline):
 
     seen: list[GenerationParams] = field(default_factory=list)
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         self.seen.append(params)
         return super().run(params)
 

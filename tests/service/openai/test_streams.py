@@ -294,7 +294,9 @@ def test_a_client_that_leaves_a_stream_cancels_its_job(live: Live, sdk: OpenAI) 
 class NoisyPipeline(FakePipeline):
     """Draws what no encoder makes small, so that a system's buffers cannot hold an answer."""
 
-    def run(self, params: GenerationParams) -> Generator[FakeSlice, None, FakeResult]:
+    def run(
+        self, params: GenerationParams, *, alone: bool = False
+    ) -> Generator[FakeSlice, None, FakeResult]:
         result = yield from super().run(params)
         noise = Image.effect_noise((params.width or 64, params.height or 64), 90).convert("RGB")
         return dataclasses.replace(result, pictures=[as_drawn(noise)] * params.n)
