@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
+from fluxcore.runtime.triton_attention import attend, is_short
 from fluxcore.runtime.triton_kernels import FormedRows, Rope, _store_row, add_gated, launch
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
@@ -190,8 +191,12 @@ def _attended(
     norm = block.txt.qk_norm
     heads = rows.new_empty((*rows.shape[:2], 3 * rows.shape[-1]))
     multiply(rows, weights.qkv, Heads(heads, weights.norm, norm.eps, turns), first=split)
-    attended = block.attention(*heads_of(heads), None)  # [B, H, L, K]
-    attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
+    if is_short(heads):
+        attended = torch.empty_like(rows)
+        attend(heads, attended)
+    else:
+        attended = block.attention(*heads_of(heads), None)  # [B, H, L, K]
+        attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
     return block.txt.out(attended[:, :split]), block.img.out(attended[:, split:])
 
 
@@ -210,9 +215,13 @@ def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None =
     Args:
         kept: the rows that are asked for; None: all.
     """
-    q, k, v, joined = projected(block, rows, turns, kept)
-    attended = block.attention(q, k, v, None)  # [B, H, L_kept, K]
-    _put_before(joined, attended)
+    heads, joined = projected(block, rows, turns, kept)
+    if is_short(heads):
+        attend(heads, joined, 0 if kept is None else kept.start)
+    else:
+        q, k, v = heads_of(heads)
+        q = q if kept is None else q[:, :, kept]
+        _put_before(joined, block.attention(q, k, v, None))  # [B, H, L_kept, K]
     return block.out(joined)  # type: ignore[no-any-return]
 
 
@@ -240,12 +249,11 @@ def _put_before(joined: Tensor, attended: Tensor) -> None:
 
 def projected(
     block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Heads and gated MLP of modulated rows.
 
-    Shapes: rows [B, L, D], turns as ``half_tables`` gives them -> q [B, H, L_kept, K], k and v
-    [B, H, L, K]; joined [B, L_kept, D + M], whose first D columns are left open for what attention
-    gives.
+    Shapes: rows [B, L, D], turns as ``half_tables`` gives them -> heads [B, L, 3 H K]; joined
+    [B, L_kept, D + M], whose first D columns are left open for what attention gives.
     """
     batch, tokens, width = rows.shape
     qkv_columns, mlp_columns = block.sizes
@@ -259,8 +267,7 @@ def projected(
     else:
         multiply(rows, weight[:qkv_columns], heads)
         multiply(of_mlp, weight[qkv_columns:], gated=joined)
-    q, k, v = heads_of(out)
-    return q if kept is None else q[:, :, kept], k, v, joined
+    return out, joined
 
 
 def heads_of(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:

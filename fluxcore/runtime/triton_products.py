@@ -79,7 +79,7 @@ def multiply(
     # Without streams, all pictures' rows are as those of one.
     items, lines = (batch, tokens) if is_joint else (1, batch * tokens)
     tiles = items * triton.cdiv(lines, ROWS) * (columns // COLUMNS)
-    programs = min(tiles, _processors(rows.device))
+    programs = min(tiles, processors(rows.device))
     spare = rows if gated is None else gated
     turning = heads or Heads(spare, spare, 0.0, (spare, spare))
     described = TensorDescriptor.from_tensor
@@ -114,7 +114,7 @@ def multiply(
         )
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Each runs one program. Where kernels are interpreted there are none to count."""
     if device.type != "cuda":
         return 3

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if not IS_HOPPER and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
     pytest.skip("neither a Hopper GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+from fluxcore.runtime import triton_attention as few  # noqa: E402
 from fluxcore.runtime import triton_blocks as fused_blocks  # noqa: E402
 from fluxcore.runtime import triton_narrow_blocks as narrow_blocks  # noqa: E402
 from fluxcore.runtime import triton_products as products  # noqa: E402
@@ -216,3 +217,31 @@ def test_blocks_in_fp8_are_those_of_the_plain_form(batch: int, tokens: int, out:
     expected = exact.run_blocks(*given.wide())
     # The interpreter cuts digits off where a GPU rounds, of which fp8 has three.
     assert apart(found, expected) < (1.1 if IS_HOPPER else 2.5) * apart(plain, expected)
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(70, 0), (96, 0), (130, 40)])
+def test_attention_of_few_tokens(tokens: int, first: int) -> None:
+    heads = values(2, tokens, 3 * 2 * 128).bfloat16()
+    out = torch.full((2, tokens - first, 300), torch.nan, device=DEVICE).bfloat16()
+    few.attend(heads, out, first)
+    q, k, v = (part.float() for part in fused_blocks.heads_of(heads))
+    expected = plain_attention(q, k, v, None)[:, :, first:].transpose(1, 2).flatten(2)
+    assert apart(out[..., :256], expected) < (0.004 if IS_HOPPER else 0.008)
+    assert out[..., 256:].isnan().all(), "only the first columns are written"
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
+def test_what_lies_behind_a_picture_s_last_token_has_no_part_in_it() -> None:
+    heads = values(2, 70, 3 * 128).bfloat16()
+    out, alone = (torch.empty(batch, 70, 128, device=DEVICE).bfloat16() for batch in (2, 1))
+    few.attend(heads[:1], alone)
+    heads[1] = torch.nan
+    few.attend(heads, out)
+    assert torch.equal(out[:1], alone)
+
+
+def test_few_tokens_are_those_that_all_units_take_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few, "processors", lambda _: 132)
+    for batch, tokens, is_short in ((1, 1024, True), (1, 1040, False), (2, 512, True)):
+        heads = torch.empty(batch, tokens, 3 * 24 * 128, device="meta")
+        assert few.is_short(heads) is is_short
