@@ -10,6 +10,8 @@ Flux2KleinPipeline._get_qwen3_prompt_embeds.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
 from fluxcore.kernels import Kernels, for_heads, narrow_linear, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
+
+LEAST_HEAD_WIDTH = 16
+"""Of heads that ``Kernels.prompt_attention`` takes; powers of two."""
 
 
 class RMSNorm(nn.Module):
@@ -118,6 +123,8 @@ class Qwen3Encoder(nn.Module):
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
+        if config.head_width < LEAST_HEAD_WIDTH or config.head_width & (config.head_width - 1):
+            kernels = replace(kernels, prompt_attention=None)
         self.kernels = kernels
         self.embedding: nn.Module = _embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Qwen3Layer(config, kernels) for _ in range(config.used_layers))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fluxcore.config import Qwen3Config
 from fluxcore.kernels import Kernels, plain_attention
-from fluxcore.models import qwen3
+from fluxcore.models import Qwen3Encoder, qwen3
 from fluxcore.models.qwen3 import causal_mask
 from fluxcore.models.rope import Rope, half_rope
 from fluxcore.runtime.quantised import FP8, EightBitLinear, quantise
@@ -135,6 +135,16 @@ def test_a_layer_is_as_near_to_float32_as_rounding_is() -> None:
     expected = exact(x.float(), rope, mask)
     most = apart(rounded(x, narrow, mask), expected)
     assert apart(fused_one(x, narrow, token_count), expected) < (1.1 if ON_GPU else 3) * most
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_heads_that_the_kernels_do_not_take_have_the_plain_form(width: int) -> None:
+    kernels = replace(FUSED, projected=None, gated=PLAIN.gated)
+    encoder = Qwen3Encoder(replace(CONFIG, head_width=width), kernels).to(DEVICE).bfloat16()
+    ids, counts = torch.zeros(1, 20, dtype=torch.int64), torch.tensor([7])
+    with torch.no_grad():
+        assert encoder(ids.to(DEVICE), counts.to(DEVICE)).isfinite().all()
+    assert encoder.kernels.prompt_attention is None
 
 
 @ROUNDS
