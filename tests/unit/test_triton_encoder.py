@@ -139,12 +139,11 @@ def test_a_layer_is_as_near_to_float32_as_rounding_is() -> None:
 
 @pytest.mark.parametrize("width", [8, 24])
 def test_heads_that_the_kernels_do_not_take_have_the_plain_form(width: int) -> None:
-    kernels = replace(FUSED, projected=None, gated=PLAIN.gated)
-    encoder = Qwen3Encoder(replace(CONFIG, head_width=width), kernels).to(DEVICE).bfloat16()
-    ids, counts = torch.zeros(1, 20, dtype=torch.int64), torch.tensor([7])
-    with torch.no_grad():
-        assert encoder(ids.to(DEVICE), counts.to(DEVICE)).isfinite().all()
+    encoder = Qwen3Encoder(replace(CONFIG, head_width=width), FUSED)
     assert encoder.kernels.prompt_attention is None
+    assert all(layer.attention.attention is plain_attention for layer in encoder.layers)
+    fit = Qwen3Encoder(CONFIG, FUSED)
+    assert fit.layers[0].attention.attention is fused.prompt_attention
 
 
 @ROUNDS
