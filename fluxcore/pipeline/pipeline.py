@@ -254,12 +254,11 @@ class FluxPipeline:
     @torch.inference_mode()
     def _encode_anew(self, tokens: TokenizedPrompt) -> Tensor:
         """What the text encoder makes of a prompt; kept. Shapes: [1, 512, 3 D]."""
-        device = self.runtime.device
+        # The count behind the ids, so that one copy brings both.
+        told = torch.tensor([[*tokens.ids, tokens.count]])
         with translated_errors():
-            embeddings = self._embeddings_of(
-                torch.tensor([tokens.ids], device=device),
-                torch.tensor([tokens.count], device=device),
-            )
+            placed = self.runtime.placed(told, torch.int64)
+            embeddings = self._embeddings_of(placed[:, :-1], placed[0, -1:])
         self.conditioning_cache.put(tokens.key, embeddings)
         return embeddings
 
