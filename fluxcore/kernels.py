@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LEAST_PROMPT_HEAD = 16
+"""Width of heads that ``Kernels.prompt_attention`` takes; powers of two."""
 LEAST_LARGEST = 1e-6
 """Rows of a float16 projection are scaled to a largest of 1, but for those below this."""
 
@@ -126,6 +128,12 @@ def for_heads(
 ) -> Callable[..., Any]:
     """A kernel where there is one and it takes heads of that width: a power of two."""
     return plain if kernel is None or width & (width - 1) else kernel
+
+
+def for_prompts(width: int, kernels: Kernels) -> Attention | None:
+    """``prompt_attention`` where there is one and it takes heads of that width."""
+    takes = width >= LEAST_PROMPT_HEAD and not width & (width - 1)
+    return kernels.prompt_attention if takes else None
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

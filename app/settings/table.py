@@ -40,7 +40,7 @@ class Settings(BaseModel):
     precision: Literal["bf16", "fp8", "int8"] = Field(
         default="bf16",
         description="Large matrix products: bf16 (more exactly, in dtype), or, faster and coarser, "
-        "fp8 on a recent NVIDIA GPU and int8 on an x86-64 CPU.",
+        "fp8 on a recent NVIDIA GPU, there the text encoder's, too, and int8 on an x86-64 CPU.",
     )
     kernels: Literal["auto", "plain", "fused"] = Field(
         default="auto",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcore.bench.operations import Attention, Convolution, Part, Product, Work
-from fluxcore.kernels import plain_attention
+from fluxcore.kernels import for_prompts, plain_attention
 from fluxcore.residues import CHANNELS
 from fluxcore.runtime import Runtime
 from fluxcore.runtime.amx_products import fits
@@ -115,6 +115,11 @@ class Rates:
             mask = torch.ones(square, dtype=torch.bool, device=q.device).tril()[None, None]
         chosen = kernels.vae_attention if part.is_vae else kernels.attention
         yield lambda: chosen(q, k, v, mask)
+        own = for_prompts(part.head_width, kernels)
+        if part.is_masked and own is not None:
+            # On a whole prompt: where one is shorter, so is its time.
+            count = torch.tensor([part.tokens], device=q.device)
+            yield lambda: own(q, k, v, count)
         for backend in BACKENDS:
 
             def of_backend(backend: SDPBackend = backend) -> Tensor:

@@ -17,11 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcore.config import CONDITIONING_LAYERS, Qwen3Config
-from fluxcore.kernels import Kernels, for_heads, narrow_linear, wide_linear
+from fluxcore.kernels import Kernels, for_heads, for_prompts, narrow_linear, wide_linear
 from fluxcore.models.rope import Rope, half_rope, rotate_halves
-
-LEAST_HEAD_WIDTH = 16
-"""Of heads that ``Kernels.prompt_attention`` takes; powers of two."""
 
 
 class RMSNorm(nn.Module):
@@ -123,11 +120,11 @@ class Qwen3Encoder(nn.Module):
     def __init__(self, config: Qwen3Config, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
-        if config.head_width < LEAST_HEAD_WIDTH or config.head_width & (config.head_width - 1):
-            kernels = replace(kernels, prompt_attention=None)
-        self.kernels = kernels
+        self.kernels = replace(kernels, prompt_attention=for_prompts(config.head_width, kernels))
         self.embedding: nn.Module = _embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(Qwen3Layer(config, kernels) for _ in range(config.used_layers))
+        self.layers = nn.ModuleList(
+            Qwen3Layer(config, self.kernels) for _ in range(config.used_layers)
+        )
         self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
 
     def forward(self, ids: Tensor, token_count: Tensor) -> Tensor:

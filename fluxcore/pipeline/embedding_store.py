@@ -51,6 +51,7 @@ class EmbeddingStore:
         shape, dtype: of every embedding.
         device: where loaded ones are to lie.
         decides: what the values depend on besides the tokens.
+        begin_to_host: begins a copy; what waits for it may be called from any thread.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class EmbeddingStore:
         dtype: torch.dtype,
         device: torch.device,
         decides: Mapping[str, str],
+        begin_to_host: Callable[[Tensor], Callable[[], list[Tensor]]],
     ) -> None:
         self._directory = directory
         self._bytes_limit = bytes_limit
+        self._begin_to_host = begin_to_host
         self._shape, self._dtype, self._device = shape, dtype, device
         described = "\n".join(f"{name}={value}" for name, value in sorted(decides.items()))
         self._seed = hashlib.blake2b(f"{__version__}\n{described}".encode()).digest()
@@ -93,8 +96,8 @@ class EmbeddingStore:
     def save(self, ids: TokenIds, embeddings: Tensor) -> None:
         """Write embeddings in the background, if they are not there yet."""
         if self._largest_bytes <= self._bytes_limit:
-            # Copied here, because only this thread may touch the device.
-            self._in_background(self._write, self._path(ids), embeddings.to("cpu"))
+            # Begun here, because only this thread may touch the device.
+            self._in_background(self._write, self._path(ids), self._begin_to_host(embeddings))
 
     def forget(self) -> None:
         """Remove all that is kept."""
@@ -129,10 +132,10 @@ class EmbeddingStore:
             raise ValueError("its checksum is wrong")
         return embeddings
 
-    def _write(self, path: Path, embeddings: Tensor) -> None:
+    def _write(self, path: Path, copied: Callable[[], list[Tensor]]) -> None:
         if path.exists():
             return
-        embeddings = embeddings.contiguous()
+        embeddings = copied()[0].contiguous()
         checksum = torch.tensor(_checksum(embeddings))
         data = save({"embeddings": embeddings, "crc32": checksum})
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)

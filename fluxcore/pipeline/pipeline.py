@@ -148,7 +148,8 @@ class FluxPipeline:
             conditioning_cache_bytes: bound of the text-embedding cache.
             conditioning_store: directory in which embeddings outlive the process.
             conditioning_store_bytes: bound of that directory; 0 keeps none.
-            precision: bf16, which multiplies in dtype, or fp8 (CUDA) or int8 (CPU).
+            precision: bf16, which multiplies in dtype, or fp8 (CUDA) or int8 (CPU); of the
+                transformer, and in fp8 of the text encoder, where its layers stay.
             kernels: auto, plain or fused, which differ on CUDA and on CPUs with AMX.
             compile_networks: auto, on or off. The first picture waits for the compiler.
             compiled_store: directory in which compiled code outlives the process; None leaves
@@ -186,6 +187,7 @@ class FluxPipeline:
                 shape=(1, TEXT_TOKENS, components.config.text_encoder.conditioning_width),
                 dtype=runtime.dtypes.residual or runtime.dtypes.weights,
                 device=runtime.device,
+                begin_to_host=runtime.begin_to_host,
                 decides={
                     "weights": component_identity(directory / "text_encoder"),
                     "precision of the encoder": runtime.encoder_precision,
@@ -404,7 +406,7 @@ class FluxPipeline:
         self, job: PreparedJob, image_index: int, encoded: EncodedJob
     ) -> DenoiseInputs:
         params, references = job.params, encoded.references
-        device, dtype = self.runtime.device, self.runtime.dtypes.weights
+        dtype = self.runtime.dtypes.weights
         grid = _grid(params.width, params.height)
         channels = self.config.transformer.in_channels
         drawn = draw_noise(params.seeds[image_index], channels, grid).transpose(1, 2)
@@ -414,7 +416,7 @@ class FluxPipeline:
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"
             mask = to_token_mask(job.request.mask, (params.width, params.height))
-            inpainting = Inpainting(references.first, noise, mask.to(dtype).to(device))
+            inpainting = Inpainting(references.first, noise, self.runtime.placed(mask, dtype))
         return DenoiseInputs(
             noise=noise,
             levels=self.runtime.placed(levels, torch.float32),

@@ -40,14 +40,17 @@ class Begun(NamedTuple):
     wait: Callable[[], None]
 
 
-def begin_ahead(runs: Sequence[Run]) -> None:
+def begin_ahead(runs: Sequence[Run], most: int = 2) -> None:
     """Begin the next step of one job, or of several that are alike, as one.
 
     A GPU gets the one after it, too, so that it does not stand still while the host looks at
     what else there is to do.
+
+    Args:
+        most: steps that are begun and not shown yet.
     """
     pipe, first = runs[0].pipe, runs[0]
-    depth = 2 if pipe.runtime.runs_ahead else 1
+    depth = most if pipe.runtime.runs_ahead else 1
     with torch.inference_mode(), translated_errors():
         pictures = [run.ready() for run in runs]
         while len(first.begun) < depth and not first.ready()[0].is_over:
@@ -130,6 +133,9 @@ class Run(Iterator[Progress]):
             more = range(first + 1, first + count)
             picture, self._next = self._next or self._denoising(first), None
             self._pictures = [picture, *(self._denoising(index) for index in more)]
+            if len({picture.alike for picture in self._pictures}) > 1:
+                # Tables of positions were made anew since the first was prepared.
+                self._pictures[0] = self._denoising(first)
         return self._pictures
 
     def try_joining(self, count: int) -> bool:
@@ -273,7 +279,7 @@ class Run(Iterator[Progress]):
         params = self._job.params
         is_simple = len(params.seeds) == 1 and params.guidance is None
         if self.pipe.runtime.runs_ahead and self._alone and is_simple:
-            begin_ahead((self,))
+            begin_ahead((self,), most=1)
         else:
             self._prepare_ahead(0)
 

@@ -86,6 +86,7 @@ class Runtime:
         if not self.uses_triton:
             return plain
         from fluxcore.runtime import triton_encoder as fused_encoder
+        from fluxcore.runtime import triton_heads as fused_heads
         from fluxcore.runtime import triton_kernels as fused
         from fluxcore.runtime import triton_vae as fused_vae
 
@@ -96,8 +97,8 @@ class Runtime:
             gated=fused.gated_linear,
             add_gated=fused.add_gated,
             modulated=fused.modulated,
-            joint_heads=fused.joint_heads,
-            grouped_heads=fused.grouped_heads,
+            joint_heads=fused_heads.joint_heads,
+            grouped_heads=fused_heads.grouped_heads,
             projected=fused_encoder.projected,
             normed=fused_vae.normed,
             residual_block=fused_vae.residual_block,
@@ -226,9 +227,14 @@ class Runtime:
         return self.begin_to_host(*tensors)()
 
     def begin_to_host(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
-        """As ``to_host``, but queued where that can be; what waits for it, when it is called."""
+        """As ``to_host``, but queued where that can be.
+
+        Returns:
+            What waits for it; may be called from any thread.
+        """
         if self.device.type != "cuda":
-            return lambda: [tensor.cpu() for tensor in tensors]
+            copies = [tensor.cpu() for tensor in tensors]
+            return lambda: copies
         places = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
         for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)

@@ -28,9 +28,12 @@ PROGRAMS = 3
 
 
 def is_short(heads: Tensor) -> bool:
-    """Whether all queries are taken at once. Shapes: as ``attend`` takes them."""
-    batch, tokens, columns = heads.shape
-    programs: int = batch * triton.cdiv(tokens, QUERIES) * (columns // (3 * HEAD_WIDTH))
+    """Whether all queries of one picture are taken at once. Shapes: as ``attend`` takes them.
+
+    The same for any number of pictures, so that each is the same bit for bit beside others.
+    """
+    _, tokens, columns = heads.shape
+    programs: int = triton.cdiv(tokens, QUERIES) * (columns // (3 * HEAD_WIDTH))
     return programs <= PROGRAMS * processors(heads.device)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
 from fluxcore.runtime.triton_attention import attend, is_short
-from fluxcore.runtime.triton_kernels import FormedRows, Rope, _store_row, add_gated, launch
+from fluxcore.runtime.triton_kernels import FormedRows, Rope, add_gated, launch, store_row
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048
@@ -336,4 +336,4 @@ def _add_and_modulate(
     step = stream * norm_step
     scaled = normed * tl.load(factor + step + at, mask=inside, other=0.0).to(tl.float32)
     moved = scaled + tl.load(shift + step + at, mask=inside, other=0.0).to(tl.float32)
-    _store_row(moved, rows, scales, width, largest, smallest, ROUND, BLOCK)
+    store_row(moved, rows, scales, width, largest, smallest, ROUND, BLOCK)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fluxcore.runtime.triton_kernels import FormedRows, RowNorm, _store_row, launch
+from fluxcore.runtime.triton_kernels import FormedRows, RowNorm, launch, store_row
 
 QUERIES, KEYS = 64, 64
 """That one program takes, and that it looks at at once."""
@@ -169,4 +169,4 @@ def _add_and_norm(
         values = narrow.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
     normed = values * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    _store_row(normed, out, scales, width, largest, smallest, ROUND, BLOCK)
+    store_row(normed, out, scales, width, largest, smallest, ROUND, BLOCK)

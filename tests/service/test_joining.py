@@ -18,7 +18,7 @@ from app.errors import ClientLeftError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline import joint_steps
 from tests.service.fake_pipeline import FakePipeline
-from tests.service.simulated_device import make
+from tests.service.simulated_device import device, make
 
 # --- how many ----------------------------------------------------------------
 
@@ -244,3 +244,17 @@ def test_a_client_that_has_had_more_does_not_go_along_at_the_cost_of_another() -
     scene.policy.shares.served("greedy", 20.0)
     assert scene.company(chosen) == []
     assert scene.company(greedy) == [chosen]
+
+
+def test_a_job_is_alone_while_no_other_waits_or_has_begun() -> None:
+    scheduler = device().scheduler
+    assert not scheduler.is_alone, "there is none"
+    first, second = make("first"), make("second")
+    scheduler.admit(first)
+    assert scheduler.is_alone
+    turn = scheduler.poll()
+    assert turn is not None and turn.job is first and scheduler.is_alone
+    scheduler.admit(second)
+    assert not scheduler.is_alone
+    scheduler.finished(first)
+    assert scheduler.is_alone

@@ -13,6 +13,7 @@ import torch
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.pipeline import embedding_store
 from fluxcore.pipeline.embedding_store import EmbeddingStore
+from fluxcore.runtime import Runtime
 
 SHAPE = (1, 4, 6)
 
@@ -22,7 +23,13 @@ def store(
 ) -> EmbeddingStore:
     device = torch.device("cpu")
     return EmbeddingStore(
-        directory, limit, shape=SHAPE, dtype=dtype, device=device, decides=decides
+        directory,
+        limit,
+        shape=SHAPE,
+        dtype=dtype,
+        device=device,
+        decides=decides,
+        begin_to_host=lambda values: lambda: [values],
     )
 
 
@@ -212,6 +219,16 @@ def test_a_restarted_pipeline_spares_the_encoder_and_draws_the_same(
     assert (
         loaded(tiny_checkpoint, stored, dtype="float32").encode_prompt("a fox").cache_hit is False
     )
+
+
+def test_an_encoder_in_eight_bits_has_files_of_its_own(
+    tiny_checkpoint: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp8 the encoder is so only where its layers stay; the rest of the runtime is the same."""
+    loaded(tiny_checkpoint, stored).encode_prompt("a fox")
+    assert loaded(tiny_checkpoint, stored, residency="balanced").encode_prompt("a fox").cache_hit
+    monkeypatch.setattr(Runtime, "encoder_precision", "fp8")
+    assert not loaded(tiny_checkpoint, stored).encode_prompt("a fox").cache_hit
 
 
 def test_what_is_forgotten_after_a_fault_is_forgotten_on_disk(

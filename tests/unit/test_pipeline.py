@@ -340,9 +340,9 @@ def test_a_gpu_has_the_next_work_before_the_last_is_waited_for(
     pipe.conditioning_cache.clear()
     result = pipe.generate(params, lambda step, _: told.append(f"shown {step.index}"))
     assert told == [
-        *("prepared", "begun", "begun"),
-        "waited for 1",  # the text
-        *("waited for 2", "shown 1"),
+        # the text is waited for
+        *("prepared", "begun", "waited for 1"),
+        *("begun", "waited for 2", "shown 1"),
         *("begun", "waited for 3", "shown 2"),
         *("decoding", "waited for 4", "shown 3"),
     ]

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.config import CheckpointConfig, read_checkpoint_config
 from fluxcore.errors import CheckpointFileError, DeviceUnavailableError
+from fluxcore.pipeline.load import place_of
 from fluxcore.pipeline.residency import (
     OVERHEAD_BYTES,
     memory_needs,
@@ -34,6 +36,7 @@ from fluxcore.runtime import (
     choose_residency,
 )
 from fluxcore.runtime.dtypes import choose_dtypes
+from fluxcore.runtime.quantised import Precision
 from fluxcore.runtime.streaming import Part
 from fluxcore.weights.random_architecture import (
     PRESETS,
@@ -128,6 +131,42 @@ def test_fp8_halves_the_matrices_that_stay(config_4b: CheckpointConfig) -> None:
     assert sizes["balanced"][0] - sizes["balanced"][1] == pytest.approx(3.78, abs=0.1)
     int8 = weight_bytes(config_4b, replace(runtime, precision="int8"), "resident") / GB
     assert sizes["resident"][0] - int8 == pytest.approx(3.78, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "residency", "narrowed"),
+    [
+        ("bf16", "resident", set()),
+        ("fp8", "resident", {"single_blocks.0.out.weight", "layers.3.down.weight"}),
+        ("fp8", "balanced", {"single_blocks.0.out.weight"}),
+        ("int8", "resident", {"single_blocks.0.out.weight"}),
+    ],
+)
+def test_matrices_go_into_eight_bits_as_they_come(
+    config_4b: CheckpointConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+    residency: Residency,
+    narrowed: set[str],
+) -> None:
+    told: dict[str, str] = {}
+
+    def recorded(name: str) -> Callable[..., int]:
+        def place(_: Runtime, __: nn.Module, parameter: str) -> int:
+            told[parameter] = name
+            return 0
+
+        return place
+
+    for name in ("quantise", "lay_out"):
+        monkeypatch.setattr(Runtime, name, recorded(name))
+    runtime = replace(runtime_of("cpu"), precision=precision, residency=residency)
+    for parameter in ("single_blocks.0.out.weight", "img_in.weight"):
+        place_of(config_4b.transformer, runtime)(nn.Module(), parameter)
+    for parameter in ("layers.3.down.weight", "embedding.weight"):
+        place_of(config_4b.text_encoder, runtime)(nn.Module(), parameter)
+    assert len(told) == 4
+    assert {parameter for parameter, name in told.items() if name == "quantise"} == narrowed
 
 
 NEEDS = {"resident": 12 * GB, "balanced": 8 * GB, "low": 3 * GB}

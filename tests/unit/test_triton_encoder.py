@@ -24,7 +24,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a CUDA GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 from fluxcore.runtime import triton_encoder as fused  # noqa: E402
-from fluxcore.runtime import triton_kernels  # noqa: E402
+from fluxcore.runtime import triton_heads, triton_kernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDS = pytest.mark.skipif(not ON_GPU, reason="fp8 is multiplied by GPUs only")
@@ -34,7 +34,7 @@ FUSED = replace(
     PLAIN,
     prompt_attention=fused.prompt_attention,
     projected=fused.projected,
-    grouped_heads=triton_kernels.grouped_heads,
+    grouped_heads=triton_heads.grouped_heads,
     gated=triton_kernels.gated_linear,
 )
 CONFIG = Qwen3Config(

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a CUDA GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+from fluxcore.runtime import triton_heads as fused_heads  # noqa: E402
 from fluxcore.runtime import triton_kernels as fused  # noqa: E402
 from fluxcore.runtime import triton_vae as fused_vae  # noqa: E402
 
@@ -72,7 +73,7 @@ def test_heads_of_joint_attention(heads: int, lengths: tuple[int, ...]) -> None:
         streams.append((rows[..., : 3 * heads * width], norm))
     pe = rope_of_pairs(sum(lengths), width)
     for found, expected in zip(
-        fused.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
+        fused_heads.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
     ):
         assert_near(found, expected)
 
@@ -85,7 +86,9 @@ def test_heads_of_the_text_encoder() -> None:
     qkv = values(2, 6, (8 + 2 + 2) * width)
     cos, sin = (part.bfloat16() for part in half_rope(6, width, 1e4, DEVICE))
     args = (qkv, *norms, heads, (cos, sin))
-    for found, expected in zip(fused.grouped_heads(*args), qwen3.grouped_heads(*args), strict=True):
+    for found, expected in zip(
+        fused_heads.grouped_heads(*args), qwen3.grouped_heads(*args), strict=True
+    ):
         assert_near(found, expected)
 
 
@@ -187,7 +190,7 @@ def test_tensors_that_lie_otherwise_in_memory_are_taken_as_they_are() -> None:
     norm = flux2.QKNorm(2, 16, 1e-6).bfloat16().to(DEVICE)
     streams, pe = ((values(2, 7, 96)[:, 2:], norm),), rope_of_pairs(5, 16)
     for found, turned in zip(
-        fused.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
+        fused_heads.joint_heads(streams, pe), flux2.joint_heads(streams, pe), strict=True
     ):
         assert_near(found, turned)
     picture = values(2, 32, 6, 5)

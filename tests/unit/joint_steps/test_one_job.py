@@ -113,3 +113,31 @@ def test_a_group_is_queued_ahead_and_waited_for_once_a_step(
         *("begun", "waited for 3", "shown 0.2", "shown 1.2"),
         *("decoding", "waited for 4", "shown 0.3", "shown 1.3", "decoding"),
     ]
+
+
+@pytest.mark.parametrize("stage", ["text", "decode"])
+@pytest.mark.parametrize("lost", ["after a fault", "for other sizes"])
+def test_a_picture_that_was_prepared_fits_those_that_are_not(
+    pipe: FluxPipeline,
+    joining: Callable[..., Device],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    lost: str,
+) -> None:
+    """Between two slices another job may make the tables of positions go."""
+    joining(pipe)
+    expected = pixels(pipe.generate(params(n=4, steps=2)))
+    told_ahead(pipe, monkeypatch)
+    pipe.conditioning_cache.clear()
+    work = pipe.run(params(n=4, steps=2))
+    while True:
+        try:
+            done = next(work)
+        except StopIteration as end:
+            assert pixels(end.value) == expected
+            return
+        if done.stage == stage and lost == "after a fault":
+            pipe.forget()
+        elif done.stage == stage:
+            for rows in range(5, 22):
+                pipe.rope_tables.get((rows, 4), [])
