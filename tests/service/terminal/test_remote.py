@@ -96,9 +96,9 @@ def test_references_mask_and_parameters_arrive(
     asked: list[GenerationParams] = []
     run = live.pipeline.run
 
-    def noting(params: GenerationParams) -> object:
+    def noting(params: GenerationParams, *, alone: bool) -> object:
         asked.append(params)
-        return run(params)
+        return run(params, alone=alone)
 
     monkeypatch.setattr(live.pipeline, "run", noting)
     Image.effect_noise((96, 80), 60).convert("RGB").save("noise.png")
