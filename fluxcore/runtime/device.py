@@ -130,8 +130,8 @@ class Runtime:
         """What the text encoder's large products are multiplied in.
 
         In fp8 as those of the transformer are, unless its layers come from the host each time. Not
-        in int8: a row's largest values, which in such encoders are a thousand times the others,
-        leave these no digits where all numbers are as coarse.
+        in int8, whose numbers are all as coarse as a row's largest: language models have rows with
+        a few values far beyond the others (LLM.int8(), arXiv 2208.07339).
         """
         return self.precision_of_encoder(self.residency)
 

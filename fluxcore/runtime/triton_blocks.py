@@ -1,10 +1,7 @@
 """The transformer's blocks, made of products that finish their results.
 
-Owns the loop over double and single blocks, the passes between two products, and the order in
-which their weights lie. The plain form is ``Flux2Transformer.run_blocks``. Text and image rows lie
-on end from the first block on: the product before a double block's attention and the first of its
-MLP are one launch each for both streams, and each residual sum is written together with its norm
-for what comes next. The last block gives only the rows that are asked for.
+Owns what a block adds, and the order in which the blocks' weights lie. The product before a double
+block's attention and the first of its MLP are one launch each for both streams.
 """
 
 from __future__ import annotations
@@ -19,7 +16,8 @@ from torch import Tensor, nn
 from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
 from fluxcore.runtime.triton_attention import attend, is_short
-from fluxcore.runtime.triton_kernels import FormedRows, Rope, add_gated, launch, store_row
+from fluxcore.runtime.triton_kernels import FormedRows, Rope, launch
+from fluxcore.runtime.triton_loop import BlockLoop
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048
@@ -38,13 +36,6 @@ class SingleBlock(Protocol):
     qk_norm: Any
     out: nn.Linear
     attention: Any
-
-
-class Update(NamedTuple):
-    """What is to be added to the rows of each stream, or of all: [B, L_i, D] each."""
-
-    parts: tuple[Tensor, ...]
-    gate: Tensor
 
 
 class JointWeights(NamedTuple):
@@ -67,7 +58,7 @@ def fits(transformer: Any) -> bool:
     return is_plain and is_even and config.head_width == HEAD_WIDTH
 
 
-class FusedBlocks:
+class FusedBlocks(BlockLoop):
     """The blocks of a transformer, whose weights it lays out anew, in place.
 
     Gates and values of an MLP lie in turns, so that a tile holds both; what text and image are
@@ -75,89 +66,22 @@ class FusedBlocks:
     """
 
     def __init__(self, transformer: Any) -> None:
-        self._eps: float = transformer.config.norm_eps
-        self._double = [(block, joined_weights(block)) for block in transformer.double_blocks]
-        self._single = list(transformer.single_blocks)
-        for block in self._single:
+        super().__init__(transformer)
+        self._weights = [joined_weights(block) for block in self.double]
+        for block in self.single:
             put_in_turns(block.qkv_mlp.weight.data[block.sizes[0] :])
 
-    def __call__(self, img: Tensor, txt: Tensor, mod: Any, pe: Rope, out_tokens: int) -> Tensor:
-        """As ``Flux2Transformer.run_blocks``, for rows that share one noise level."""
-        assert mod.single[0].numel() == img.shape[-1], "all rows share one noise level"
-        turns, split = half_tables(pe), txt.shape[1]
-        # Of both streams, the text's first: [6, 2, D].
-        shift, factor, gate, *of_mlp = torch.stack((mod.txt, mod.img), dim=1).squeeze(2)
-        mlp_shift, mlp_factor, mlp_gate = of_mlp
-        then_shift, then_factor, then_gate = mod.single
-        x = torch.cat((txt, img), dim=1)  # joint order: [txt, img]
-        x, rows = self._next(x, None, shift, factor, split)
-        for number, (block, weights) in enumerate(self._double, start=1):
-            update = Update(_attended(block, weights, rows, turns, split), gate)
-            x, rows = self._next(x, update, mlp_shift, mlp_factor, split)
-            update = Update(_gated(block, weights, rows, split), mlp_gate)
-            if number == len(self._double):
-                shift, factor = then_shift, then_factor
-            x, rows = self._next(x, update, shift, factor, split)
-        for block in self._single[:-1]:
-            update = Update((_updates(block, rows, turns),), then_gate)
-            x, rows = self._next(x, update, then_shift, then_factor, split)
-        kept = slice(split, split + out_tokens)
-        y = _updates(self._single[-1], rows, turns, kept)
-        return add_gated(x[:, kept].contiguous(), then_gate, y)
+    def tables(self, pe: Rope) -> Rope:
+        return half_tables(pe)
 
-    def _next(
-        self, x: Tensor, update: Update | None, shift: Tensor, factor: Tensor, split: int
-    ) -> tuple[Tensor, Tensor]:
-        """As ``next_rows``; all layers take rows that are not rounded."""
-        linear = self._single[0].qkv_mlp
-        x, rows = next_rows(linear, x, update, shift, factor, split, self._eps)
-        return x, rows.values
+    def attended(self, number: int, rows: FormedRows, pe: Rope, split: int) -> tuple[Tensor, ...]:
+        return _attended(self.double[number], self._weights[number], rows.values, pe, split)
 
+    def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Tensor, ...]:
+        return _gated(self.double[number], self._weights[number], rows.values, split)
 
-def next_rows(
-    linear: nn.Module,
-    x: Tensor,
-    update: Update | None,
-    shift: Tensor,
-    factor: Tensor,
-    split: int,
-    eps: float,
-) -> tuple[Tensor, FormedRows]:
-    """x with an update, and that modulated for the layer that comes next.
-
-    Shapes: x [B, L, D], contiguous; shift and factor [1, D], or [2, D] for both streams, of which
-    the first has ``split`` tokens.
-    """
-    _, tokens, width = x.shape
-    rows = FormedRows.made(linear, x, width)
-    total = x if update is None else torch.empty_like(x)
-    parts, gate = update or Update((x,), shift)
-    launch(
-        _add_and_modulate,
-        (x.numel() // width,),
-        x,
-        parts[0],
-        parts[-1],
-        gate,
-        shift,
-        factor,
-        total,
-        rows.values,
-        rows.scales,
-        split,
-        tokens,
-        width,
-        # Where the vectors of the second stream begin.
-        gate.numel() - width,
-        shift.numel() - width,
-        eps,
-        *rows.rounding,
-        update is not None,
-        len(parts) == 2,
-        triton.next_power_of_2(width),
-        num_warps=4,
-    )
-    return total, rows
+    def updates(self, block: SingleBlock, rows: FormedRows, pe: Rope, kept: slice | None) -> Tensor:
+        return _updates(block, rows.values, pe, kept)
 
 
 def put_in_turns(rows: Tensor) -> None:
@@ -209,7 +133,7 @@ def _gated(
     return block.txt.mlp_out(gated[:, :split]), block.img.mlp_out(gated[:, split:])
 
 
-def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None = None) -> Tensor:
+def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None) -> Tensor:
     """What a block adds, before its gate. Shapes: rows [B, L, D], modulated -> [B, L_kept, D].
 
     Args:
@@ -282,58 +206,3 @@ def _copy_columns(source, target, of_item, of_line, stride, tokens, width, BLOCK
     at = tl.arange(0, BLOCK)
     place = source + row // tokens * of_item + row % tokens * of_line + at
     tl.store(target + row * stride + at, tl.load(place, mask=at < width), mask=at < width)
-
-
-@triton.jit
-def _add_and_modulate(
-    x,
-    first,
-    second,
-    gate,
-    shift,
-    factor,
-    total,
-    rows,
-    scales,
-    split,
-    tokens,
-    width,
-    gate_step,
-    norm_step,
-    eps,
-    largest,
-    smallest,
-    ROUND: tl.constexpr,
-    ADD: tl.constexpr,
-    TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A row with what is added to it, from that of its stream, and its norm."""
-    row = tl.program_id(0).to(tl.int64)
-    item, line = row // tokens, row % tokens
-    stream = (line >= split).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        own = row
-        if TWO:
-            own = tl.where(stream == 0, item * split + line, item * (tokens - split) + line - split)
-        of_first = inside & (stream == 0) if TWO else inside
-        added = tl.load(first + own * width + at, mask=of_first, other=0.0).to(tl.float32)
-        if TWO:
-            of_second = inside & (stream == 1)
-            added += tl.load(second + own * width + at, mask=of_second, other=0.0).to(tl.float32)
-        weight = tl.load(gate + stream * gate_step + at, mask=inside, other=0.0)
-        added = added * weight.to(tl.float32) + values
-        # Normed as it is written, so that it is the same as in two kernels.
-        narrow = added.to(total.dtype.element_ty)
-        tl.store(total + row * width + at, narrow, mask=inside)
-        values = narrow.to(tl.float32)
-    mean = tl.sum(values, 0) / width
-    centred = tl.where(inside, values - mean, 0.0)
-    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    step = stream * norm_step
-    scaled = normed * tl.load(factor + step + at, mask=inside, other=0.0).to(tl.float32)
-    moved = scaled + tl.load(shift + step + at, mask=inside, other=0.0).to(tl.float32)
-    store_row(moved, rows, scales, width, largest, smallest, ROUND, BLOCK)

@@ -1,6 +1,7 @@
 """The text encoder's own kernels: attention over a prompt, and norms with what they are added to.
 
-Owns what only the encoder needs; heads and gates are those of ``fluxcore.runtime.triton_kernels``.
+Owns what only the encoder needs; heads are those of ``fluxcore.runtime.triton_heads``, gates those
+of ``fluxcore.runtime.triton_kernels``.
 A prompt is a few dozen tokens and padding up to 512, which nobody may see as a key: the keys that
 are read end with the prompt, and queries in groups share theirs without copies. Each function has
 the signature and the meaning of the plain form that it stands for.

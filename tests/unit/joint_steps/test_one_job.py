@@ -126,10 +126,11 @@ def test_a_picture_that_was_prepared_fits_those_that_are_not(
 ) -> None:
     """Between two slices another job may make the tables of positions go."""
     joining(pipe)
-    expected = pixels(pipe.generate(params(n=4, steps=2)))
+    request = params(n=6, steps=2)  # four at once, then two
+    expected = pixels(pipe.generate(request))
     told_ahead(pipe, monkeypatch)
     pipe.conditioning_cache.clear()
-    work = pipe.run(params(n=4, steps=2))
+    work = pipe.run(request)
     while True:
         try:
             done = next(work)
