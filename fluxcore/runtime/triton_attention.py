@@ -1,8 +1,8 @@
 """Attention of few tokens, written to where the next product reads it.
 
 Owns the kernel and for how many tokens it is about as fast as cuDNN's: as many as all of the chip's
-units take at once. Beyond, cuDNN's is faster, but gives a tensor of its own, which has to be copied,
-and clears some memory first. Made for NVIDIA's Hopper, whose copy engine it uses. The plain
+units take at once. Beyond, cuDNN's is faster, but gives a tensor of its own, which has to be
+copied, and clears some memory first. Made for NVIDIA's Hopper, whose copy engine it uses. The plain
 form is ``fluxcore.kernels.plain_attention``.
 
 Source: FlashAttention-2, arXiv 2307.08691 (the sums of a softmax that is taken in pieces).
