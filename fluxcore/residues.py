@@ -1,11 +1,11 @@
 """Rows of a picture as a PNG file has them: what the pixels differ by from a filter's prediction.
 
 Owns the strips that rows are taken in, the choice of each strip's filter and the filters, on the
-host. A strip takes the filter that leaves the smallest residues in some of its rows.
-``fluxcore.pipeline.pictures`` does the same on a device and gives the same bytes. Knows nothing
-of compression, nor of torch.
+host, and what is added up of lines to know them again. A strip takes the filter that leaves the
+smallest residues in some of its rows. ``fluxcore.pipeline.pictures`` does the same on a device
+and gives the same bytes. Knows nothing of compression, nor of torch.
 
-Source: PNG specification, third edition, 9.2 (filters).
+Source: PNG specification, third edition, 9.2 (filters); RFC 1950, 9 (Adler-32).
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ LOOKED_AT = slice(SAMPLED // 2, None, SAMPLED)
 SUB, UP, AVERAGE = 1, 2, 3
 # Of those that leave equally little, the first is taken.
 FILTERS = (SUB, UP, AVERAGE)
+ADLER_MODULUS = 65521
+
+
+def adler_of(count: int, total: int, weighted: int) -> int:
+    """The Adler-32 of so many bytes.
+
+    Args:
+        total: the sum of all of them.
+        weighted: the sum of each times how many there are from it on.
+    """
+    return (count + weighted) % ADLER_MODULUS << 16 | (1 + total) % ADLER_MODULUS
 
 
 def strip_height(height: int, stride: int) -> int:

@@ -36,9 +36,10 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.config import TEXT_TOKENS, CheckpointConfig, read_checkpoint_config
 from fluxcore.kernels import plain_attention
 from fluxcore.models import AutoEncoder, Flux2Transformer, Qwen3Encoder, flux2, qwen3, vae
-from fluxcore.pipeline.latents import RopeTables, draw_noise
+from fluxcore.pipeline.latents import draw_noise
 from fluxcore.pipeline.load import Components
 from fluxcore.pipeline.result import ModelInfo
+from fluxcore.pipeline.tables import RopeTables
 from fluxcore.runtime import Runtime, choose_runtime
 from fluxcore.runtime.attention import cudnn_attention, scored_attention
 from fluxcore.runtime.quantised import FP8, quantise

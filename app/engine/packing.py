@@ -59,7 +59,8 @@ def pack_picture(
         spread: maps the parts of a PNG file, on threads or not.
     """
     if packing.format == "png":
-        data = write_png(picture.pixels, png_text(made), spread, picture.lines)
+        text = png_text(made)
+        data = write_png(picture.pixels, text, spread, picture.lines, picture.deflated)
         return PackedPicture(data, "png", made.seed, picture.width, picture.height)
     target = io.BytesIO()
     match packing.format:

@@ -4,7 +4,8 @@ Owns the compression and the file; ``fluxcore.residues`` or the device filters. 
 five filters on every row and then looks for repetitions that pictures do not have; here a strip
 takes the filter that leaves the smallest residues, and zlib-ng only looks for runs and gives
 frequent values short codes. That is a fraction of the work for smaller files, and strips can be
-made on any thread. What is in the file depends on the picture alone, not on the machine.
+made on any thread. A device that compresses by itself leaves only the file to be put together.
+What is in the file depends on the picture and on who compressed it, not on the time it took.
 
 Source: PNG specification, third edition, 10 (compression); RFC 1950 and 1951, whose blocks may
 be made apart and joined at byte boundaries.
@@ -21,14 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from zlib_ng import zlib_ng as zlib
 
-from fluxcore.residues import CHANNELS, Bytes2D, filtered, strip_height
+from fluxcore.drawn import DeflatedLines
+from fluxcore.residues import ADLER_MODULUS, CHANNELS, Bytes2D, filtered, strip_height
 
+Buffer = bytes | memoryview
 Map = Callable[[Callable[["Strip"], "Deflated"], Iterable["Strip"]], Iterable["Deflated"]]
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # "Deflate, 32 KiB window, fastest level", and a checksum of these two bytes.
 ZLIB_HEADER = b"\x78\x01"
-ADLER_MODULUS = 65521
 
 
 class Strip(NamedTuple):
@@ -51,6 +53,7 @@ def write_png(
     texts: Sequence[tuple[bytes, bytes]],
     spread: Map = map,
     lines: Bytes2D | None = None,
+    deflated: DeflatedLines | None = None,
 ) -> bytes:
     """A PNG file of an RGB picture.
 
@@ -60,22 +63,32 @@ def write_png(
         texts: (type, data) of the chunks that stand before the picture.
         spread: maps strips to results in their order; ``Executor.map`` does it on threads.
         lines: the picture's, where it was filtered before.
+        deflated: its lines, where they were compressed before.
     """
     pixels = np.asarray(picture)
     height, width, channels = pixels.shape
     assert channels == CHANNELS and pixels.dtype == np.uint8, "RGB pictures of 8 bits only"
     stride = width * CHANNELS
     assert lines is None or lines.shape == (height, 1 + stride), "lines of this picture"
-    count = strip_height(height, stride)
-    parts = filtered(pixels.reshape(height, stride), count) if lines is None else (lines,)
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [SIGNATURE, _chunk(b"IHDR", head), *(_chunk(kind, data) for kind, data in texts)]
+    chunks = [*_chunk(b"IHDR", head), *(part for text in texts for part in _chunk(*text))]
+    if deflated is not None:
+        data, adler = deflated
+        chunks += _chunk(b"IDAT", ZLIB_HEADER, data.data, struct.pack(">I", adler))
+    else:
+        count = strip_height(height, stride)
+        parts = filtered(pixels.reshape(height, stride), count) if lines is None else (lines,)
+        chunks += _compressed(spread(_deflate, _strips(parts, count, height)))
+    return b"".join((SIGNATURE, *chunks, *_chunk(b"IEND")))
+
+
+def _compressed(strips: Iterable[Deflated]) -> Iterator[Buffer]:
+    """The chunks of a picture's strips, as they come."""
     adler, opening = 1, ZLIB_HEADER
-    for deflated in spread(_deflate, _strips(parts, count, height)):
-        chunks.append(_chunk(b"IDAT", opening + deflated.data))
-        adler, opening = _joined(adler, deflated.adler, deflated.length), b""
-    chunks += [_chunk(b"IDAT", struct.pack(">I", adler)), _chunk(b"IEND", b"")]
-    return b"".join(chunks)
+    for data, length, of_strip in strips:
+        yield from _chunk(b"IDAT", opening, data)
+        adler, opening = _joined(adler, of_strip, length), b""
+    yield from _chunk(b"IDAT", struct.pack(">I", adler))
 
 
 def _strips(parts: Iterable[Bytes2D], count: int, height: int) -> Iterator[Strip]:
@@ -102,6 +115,11 @@ def _joined(first: int, second: int, second_length: int) -> int:
     return high % ADLER_MODULUS << 16 | low % ADLER_MODULUS
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    checksum = zlib.crc32(data, zlib.crc32(kind))
-    return b"".join((struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)))
+def _chunk(kind: bytes, *data: Buffer) -> Iterator[Buffer]:
+    """A chunk in parts, which are copied once, into the file."""
+    checksum = zlib.crc32(kind)
+    for part in data:
+        checksum = zlib.crc32(part, checksum)
+    yield struct.pack(">I", sum(map(len, data))) + kind
+    yield from data
+    yield struct.pack(">I", checksum)

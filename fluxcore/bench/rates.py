@@ -60,10 +60,12 @@ class Rates:
         return total / self.floor_ms(work) / 1e9
 
     def host_copy_ms(self, width: int, height: int) -> float:
-        """A picture's bytes from the device to the host, with its lines where those are made."""
+        """A picture's bytes from the device to the host, with all that is made of them there."""
         shapes: list[tuple[int, ...]] = [(height, width, CHANNELS)]
         if self._runtime.filters_pictures:
             shapes.append((height, 1 + width * CHANNELS))
+        if self._runtime.deflate is not None:
+            shapes.append(shapes[-1])  # the compressed lines' memory is hardly larger
         picture = [
             torch.zeros(shape, dtype=torch.uint8, device=self._runtime.device) for shape in shapes
         ]

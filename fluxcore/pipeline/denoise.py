@@ -69,12 +69,12 @@ class Inpainting:
 class DenoiseInputs:
     """Everything that one picture's loop needs, on the device.
 
-    Shapes: noise [1, h w, C]; levels [S] float32, of the steps to run; references [1, L_ref, C];
+    Shapes: noise [1, h w, C]; modulations, one of each step to run; references [1, L_ref, C];
     positive, negative [1, 512, 3 D]; pe for [txt, img, references].
     """
 
     noise: Tensor
-    levels: Tensor
+    modulations: Sequence[Modulation]
     references: Tensor | None
     positive: Tensor
     negative: Tensor | None
@@ -121,8 +121,7 @@ class Denoising:
         self._inputs = inputs
         self._sigmas = tuple(sigmas)
         self._first = self._done = start_step
-        assert len(inputs.levels) == len(sigmas) - 1 - start_step, "a level for each step to run"
-        self._modulations = transformer.modulation(inputs.levels)
+        assert len(inputs.modulations) == len(sigmas) - 1 - start_step, "one for each step to run"
         prompts = (inputs.positive, inputs.negative)
         self._txts = [transformer.text_tokens(prompt) for prompt in prompts if prompt is not None]
         self.passes = len(self._txts)
@@ -151,7 +150,7 @@ class Denoising:
         img = before if references is None else torch.cat((before, references), dim=1)
         # One layout in every step, so that one compiled or recorded form serves all of them.
         img = img.contiguous()
-        modulation = self._modulations[self._done - self._first]
+        modulation = self._inputs.modulations[self._done - self._first]
         pe = self._inputs.pe
         return [Velocity(img, txt, modulation, pe, before.shape[1]) for txt in self._txts]
 

@@ -1,15 +1,13 @@
-"""Latents as tokens: noise, packing, position ids and their tables."""
+"""Latents as tokens: noise, packing and position ids."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fluxcore.config import TEXT_TOKENS, TransformerConfig
-from fluxcore.models.rope import Rope, axial_rope
+from fluxcore.config import TEXT_TOKENS
 
 Grid = tuple[int, int]
 """(rows, columns) of latent tokens."""
@@ -60,39 +58,3 @@ def _grid_ids(time: int, grid: Grid) -> Tensor:
     return torch.cartesian_prod(
         torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.tensor([0])
     )
-
-
-class RopeTables:
-    """Position tables per size and references, kept on the device.
-
-    Bounded: the least recently used of ``limit`` tables goes first.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, device: torch.device, angles: torch.dtype, limit: int = 16
-    ) -> None:
-        self._config = config
-        self._device = device
-        self._angles = angles
-        self._limit = limit
-        self._tables: OrderedDict[tuple[Grid, ...], Rope] = OrderedDict()
-
-    def get(self, grid: Grid, references: Sequence[Grid]) -> Rope:
-        """Shapes: cos, sin [512 + all tokens, K] float32."""
-        key = (grid, *references)
-        if key in self._tables:
-            self._tables.move_to_end(key)
-            return self._tables[key]
-        ids = position_ids(grid, references)
-        cos, sin = axial_rope(ids, self._config.rope_axes, self._config.rope_theta, self._angles)
-        self._tables[key] = (cos.to(self._device), sin.to(self._device))
-        if len(self._tables) > self._limit:
-            self._tables.popitem(last=False)
-        return self._tables[key]
-
-    def clear(self) -> None:
-        """Forget all tables; they are made again when needed."""
-        self._tables.clear()
-
-    def __len__(self) -> int:
-        return len(self._tables)

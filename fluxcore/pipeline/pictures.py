@@ -14,13 +14,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fluxcore.drawn import DrawnPicture
+from fluxcore.drawn import DeflatedLines, DrawnPicture
 from fluxcore.errors import DeviceFaultError
 from fluxcore.fitting import limit_area, whole_tokens
 from fluxcore.models import AutoEncoder
 from fluxcore.params import SIZE_MULTIPLE
 from fluxcore.pipeline.latents import unpack
-from fluxcore.residues import CHANNELS, FILTERS, LOOKED_AT, SAMPLED, strip_height
+from fluxcore.residues import CHANNELS, FILTERS, LOOKED_AT, SAMPLED, adler_of, strip_height
+
+Deflate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""``fluxcore.runtime.triton_deflate.deflate_lines``, or nothing like it."""
+
+LEAST_BITS = 2
+"""Of a byte. Where the device needs fewer, there are runs, which it does not look for: a picture of
+that kind is left to the host, whose file is smaller."""
 
 
 def opaque(picture: Image.Image) -> Image.Image:
@@ -100,19 +107,21 @@ def to_bytes(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_lines(
-    decode: Callable[..., tuple[Tensor, Tensor]],
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A ``PictureDecoder`` that gives ``to_lines`` of its bytes, too.
+    decode: Callable[..., tuple[Tensor, Tensor]], deflate: Deflate | None
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A ``PictureDecoder`` that gives ``to_lines`` of its bytes, too, and what deflate makes of it.
 
     Around it and not within: a compiled form is to serve all sizes, and how high strips are
     depends on each.
     """
 
-    def decode_and_filter(
-        latents: Tensor, rows: int, columns: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def decode_and_filter(latents: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
         bytes_, sound = decode(latents, rows, columns)
-        return bytes_, sound, to_lines(bytes_)
+        lines = to_lines(bytes_)
+        if deflate is None:
+            return bytes_, sound, lines
+        height, stride = bytes_.flatten(1).shape
+        return bytes_, sound, lines, *deflate(lines, strip_height(height, stride))
 
     return decode_and_filter
 
@@ -146,8 +155,10 @@ def to_lines(bytes_: Tensor) -> Tensor:
     return torch.cat(((of_rows + FILTERS[0]).to(torch.uint8), chosen), dim=1)
 
 
-def to_picture(bytes_: Tensor, sound: Tensor, lines: Tensor | None = None) -> DrawnPicture:
-    """The 8-bit picture of what ``to_bytes`` and ``to_lines`` found, on the host; no copy.
+def to_picture(
+    bytes_: Tensor, sound: Tensor, lines: Tensor | None = None, *deflated: Tensor
+) -> DrawnPicture:
+    """The 8-bit picture of what ``with_lines`` gave, on the host; no copy.
 
     Raises:
         DeviceFaultError: some value is not finite, or all are the same, which is
@@ -160,7 +171,24 @@ def to_picture(bytes_: Tensor, sound: Tensor, lines: Tensor | None = None) -> Dr
             f"the device returned a picture of {fault}; try again, and if it stays so, restart "
             "the program and try dtype float32"
         )
-    return DrawnPicture(bytes_.numpy(), None if lines is None else lines.numpy())
+    if lines is None:
+        return DrawnPicture(bytes_.numpy())
+    compressed = _deflated(lines.numel(), *deflated) if deflated else None
+    # What nobody needs is let go of.
+    kept = lines.numpy() if compressed is None else None
+    return DrawnPicture(bytes_.numpy(), kept, compressed)
+
+
+def _deflated(count: int, stream: Tensor, told: Tensor) -> DeflatedLines | None:
+    """What the device compressed, if it is all there and worth having.
+
+    Args:
+        count: bytes of the lines.
+    """
+    bits, total, weighted = told.tolist()
+    if not LEAST_BITS * count <= bits <= 8 * stream.numel():
+        return None
+    return DeflatedLines(stream[: -(-bits // 8)].numpy(), adler_of(count, total, weighted))
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -30,7 +30,7 @@ from fluxcore.pipeline.denoise import (
 from fluxcore.pipeline.embedding_store import EmbeddingStore
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
 from fluxcore.pipeline.joint_steps import COUNTS, Batching, JointSteps
-from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack
+from fluxcore.pipeline.latents import Grid, draw_noise, pack
 from fluxcore.pipeline.load import Components, default_side_px, load_components
 from fluxcore.pipeline.pictures import (
     PictureDecoder,
@@ -45,6 +45,7 @@ from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
 from fluxcore.pipeline.result import GenerationResult, ModelInfo, PreparedJob
 from fluxcore.pipeline.run import Run, begin_together
+from fluxcore.pipeline.tables import Modulations, RopeTables
 from fluxcore.runtime import (
     Compile,
     KernelChoice,
@@ -101,6 +102,9 @@ class FluxPipeline:
         self.rope_tables = RopeTables(
             self.config.transformer, runtime.device, runtime.dtypes.angles
         )
+        self.modulations = Modulations(
+            self.transformer.modulation, lambda levels: runtime.placed(levels, torch.float32)
+        )
         # The networks as this device runs them. Layers whose weights come and go run as they are.
         self._embeddings_of: Callable[..., Tensor] = self.text_encoder
         self._velocity_of: Callable[..., Tensor] = self.transformer
@@ -115,7 +119,8 @@ class FluxPipeline:
         decoder = PictureDecoder(self.vae, runtime.dtypes.vae, self._layout)
         runtime.compile_blocks((decoder,))
         self._bytes_of: Callable[..., tuple[Tensor, ...]] = runtime.graphed(
-            with_lines(decoder) if runtime.filters_pictures else decoder, GRAPHED_TOKENS
+            with_lines(decoder, runtime.deflate) if runtime.filters_pictures else decoder,
+            GRAPHED_TOKENS,
         )
 
     @classmethod
@@ -401,6 +406,7 @@ class FluxPipeline:
         """Drop what is kept for reuse, in which a fault of the device may have been kept."""
         self.conditioning_cache.clear()
         self.rope_tables.clear()
+        self.modulations.clear()
 
     def _denoise_inputs(
         self, job: PreparedJob, image_index: int, encoded: EncodedJob
@@ -411,7 +417,6 @@ class FluxPipeline:
         channels = self.config.transformer.in_channels
         drawn = draw_noise(params.seeds[image_index], channels, grid).transpose(1, 2)
         noise = self.runtime.placed(drawn, dtype).transpose(1, 2).contiguous()
-        levels = torch.tensor(params.sigmas[params.start_step : -1], dtype=torch.float32)
         inpainting = None
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"
@@ -419,7 +424,7 @@ class FluxPipeline:
             inpainting = Inpainting(references.first, noise, self.runtime.placed(mask, dtype))
         return DenoiseInputs(
             noise=noise,
-            levels=self.runtime.placed(levels, torch.float32),
+            modulations=self.modulations.get(params.sigmas, params.start_step),
             references=references.tokens,
             positive=encoded.positive.embeddings,
             negative=None if encoded.negative is None else encoded.negative.embeddings,

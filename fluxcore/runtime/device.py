@@ -256,6 +256,15 @@ class Runtime:
         return self.kind == "cuda"
 
     @property
+    def deflate(self) -> Callable[[Tensor, int], tuple[Tensor, Tensor]] | None:
+        """What compresses rows for PNG files on the device; None where that is the host's."""
+        if not self.uses_triton:
+            return None
+        from fluxcore.runtime.triton_deflate import deflate_lines
+
+        return deflate_lines
+
+    @property
     def channels_last(self) -> bool:
         """Whether convolutions run on channels-last weights and pictures."""
         return self.kind != "mps"

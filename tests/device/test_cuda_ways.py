@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,11 +39,13 @@ REQUESTS = {
 }
 
 
-def _pipeline(checkpoint: Path, *, compile_networks: str, cuda_graphs: int) -> FluxPipeline:
+def _pipeline(
+    checkpoint: Path, *, compile_networks: str, cuda_graphs: int, kernels: str = "fused"
+) -> FluxPipeline:
     return FluxPipeline.load(
         checkpoint,
         "cuda",
-        kernels="fused",
+        kernels=kernels,
         compile_networks=compile_networks,
         cuda_graphs=cuda_graphs,
     )
@@ -216,15 +219,26 @@ def test_attention_of_wide_heads_is_right(is_fused: bool) -> None:
     assert _relative(attention(q, k, v, None), exact) < 0.01
 
 
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
 @pytest.mark.parametrize("cuda_graphs", [0, 24], ids=["launched", "recorded"])
-def test_rows_are_filtered_as_on_the_host(tiny_checkpoint: Path, cuda_graphs: int) -> None:
-    pipe = _pipeline(tiny_checkpoint, compile_networks="off", cuda_graphs=cuda_graphs)
+def test_rows_are_filtered_as_on_the_host(
+    tiny_checkpoint: Path, cuda_graphs: int, kernels: str
+) -> None:
+    pipe = _pipeline(
+        tiny_checkpoint, compile_networks="off", cuda_graphs=cuda_graphs, kernels=kernels
+    )
     for seed in range(3):
         params = GenerationParams(prompt="x", width=512, height=384, steps=1, seed=seed)
         (picture,) = pipe.generate(params).pictures
         rows = picture.pixels.reshape(384, -1)
         expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape))))
-        assert picture.lines is not None and np.array_equal(picture.lines, expected)
+        if kernels == "plain":
+            assert picture.lines is not None and np.array_equal(picture.lines, expected)
+            continue
+        assert picture.lines is None and picture.deflated is not None, "noise has no runs"
+        stream, adler = picture.deflated
+        assert zlib.decompress(stream.tobytes(), -zlib.MAX_WBITS) == expected.tobytes()
+        assert adler == zlib.adler32(expected.tobytes())
 
 
 def test_what_comes_to_the_host_is_whole() -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from app.engine.metadata import EXIF_PROMPT_CHARS, Provenance, parameters_text
 from app.engine.packing import Packing, PictureFormat, pack_picture
-from fluxcore.drawn import DrawnPicture
+from fluxcore.drawn import DeflatedLines, DrawnPicture
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.pictures import to_lines
 from tests.service.conftest import StartLive
@@ -206,6 +207,20 @@ def test_a_file_does_not_tell_who_filtered(start_live: StartLive) -> None:
     assert len(set(by_host)) == 2
     assert by_host == by_device
     assert spoiled != by_device, "lines that are there are used"
+
+
+@pytest.mark.parametrize("size", [(64, 48), (256, 256)])
+def test_what_the_device_compressed_stands_in_the_file(size: tuple[int, int]) -> None:
+    pixels = np.array(Image.effect_noise(size, 60).convert("RGB"))
+    lines = to_lines(torch.from_numpy(pixels)).numpy().tobytes()
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = packer.compress(lines) + packer.flush()
+    stream = DeflatedLines(np.frombuffer(data, np.uint8), zlib.adler32(lines))
+    file = pack_picture(DrawnPicture(pixels, deflated=stream), Packing("png"), MADE).data
+    assert data in file
+    shown = Image.open(io.BytesIO(file))
+    assert np.array_equal(np.asarray(shown), pixels)
+    assert shown.text["Title"] == MADE.prompt  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool")

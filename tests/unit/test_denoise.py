@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def inputs(tiny_pipeline: FluxPipeline) -> DenoiseInputs:
     return DenoiseInputs(
         noise=random(1, 16, 128),
-        levels=torch.tensor(LEVELS[:-1]),
+        modulations=tiny_pipeline.modulations.get(LEVELS, 0),
         references=None,
         positive=random(1, 512, 192, seed=1),
         negative=None,
@@ -42,7 +42,7 @@ def _inference() -> Iterator[None]:
 
 
 def run(pipe: FluxPipeline, inputs: DenoiseInputs, start: int = 0) -> list[DenoiseStep]:
-    inputs = replace(inputs, levels=torch.tensor(LEVELS[start:-1]))
+    inputs = replace(inputs, modulations=pipe.modulations.get(LEVELS, start))
     return list(denoise(pipe.transformer, inputs, LEVELS, start))
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxcore.config import TransformerConfig
-from fluxcore.pipeline.latents import Grid, RopeTables, draw_noise, pack, position_ids, unpack
+from fluxcore.pipeline.latents import Grid, draw_noise, pack, position_ids, unpack
+from fluxcore.pipeline.tables import RopeTables
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(

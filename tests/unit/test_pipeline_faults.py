@@ -187,6 +187,15 @@ def test_tables_that_spoil_are_made_again(pipe: FluxPipeline, expected: list[byt
     assert torch.isfinite(pipe.rope_tables.get((4, 4), [])[0]).all()
 
 
+def test_modulations_that_spoil_are_made_again(pipe: FluxPipeline, expected: list[bytes]) -> None:
+    sigmas = pipe.prepare(REQUEST).params.sigmas
+    with torch.inference_mode():
+        pipe.modulations.get(sigmas, 0)[0].img.fill_(float("nan"))
+    assert pixels(pipe.generate(REQUEST)) == expected
+    with torch.inference_mode():
+        assert torch.isfinite(pipe.modulations.get(sigmas, 0)[0].img).all()
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "encoder", "decoder"])
 @pytest.mark.parametrize(
     "error",
