@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,7 +263,7 @@ class FluxPipeline:
     def _encode_anew(self, tokens: TokenizedPrompt) -> Tensor:
         """What the text encoder makes of a prompt; kept. Shapes: [1, 512, 3 D]."""
         # The count behind the ids, so that one copy brings both.
-        told = torch.tensor([[*tokens.ids, tokens.count]])
+        told = torch.from_numpy(np.array([[*tokens.ids, tokens.count]], np.int64))
         with translated_errors():
             placed = self.runtime.placed(told, torch.int64)
             embeddings = self._embeddings_of(placed[:, :-1], placed[0, -1:])
