@@ -9,10 +9,8 @@ import threading
 import time
 from contextlib import ExitStack
 
-import h11
 import pytest
 
-from app.api.security.connection import _CountedConnection
 from app.telemetry import configure_logging
 from tests.service.conftest import PATIENCE_S, Live, StartLive, wait_until
 
@@ -281,17 +279,3 @@ def test_bodies_of_all_clients_together_are_bounded(start_live: StartLive) -> No
             connection.sendall(head.replace(b"\r\n\r\n", CLOSE) + b" " * 700_000)
             third = all_of(connection)
     assert b"invalid_json" in third
-
-
-def test_an_answer_s_head_goes_out_with_its_body_and_a_stream_s_at_once() -> None:
-    for length, is_together in ((b"2", True), (None, False)):
-        connection = _CountedConnection(h11.SERVER, 65536)
-        connection.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        connection.next_event()
-        headers = [] if length is None else [(b"content-length", length)]
-        head = connection.send(h11.Response(status_code=200, headers=headers))
-        body = connection.send(h11.Data(data=b"ok"))
-        assert head is not None and body is not None
-        assert (head == b"") == is_together
-        assert (head + body).startswith(b"HTTP/1.1 200 ") and b"ok" in body
-        assert (connection.send(h11.EndOfMessage()) == b"") == is_together
