@@ -186,7 +186,7 @@ class FluxPipeline:
                 conditioning_store_bytes,
                 shape=(1, TEXT_TOKENS, components.config.text_encoder.conditioning_width),
                 dtype=runtime.dtypes.residual or runtime.dtypes.weights,
-                device=runtime.device,
+                placed=runtime.placed,
                 begin_to_host=runtime.begin_to_host,
                 decides={
                     "weights": component_identity(directory / "text_encoder"),
