@@ -131,8 +131,15 @@ class Slice(Protocol):
 
 
 class Run(Protocol):
-    """A job's slices; ``StopIteration`` carries the ``Result``."""
+    """A job's slices; ``StopIteration`` carries the ``Result``.
 
+    Where a pipeline ``begins_ahead``, a run ``is_ending`` when all its work is queued; another may
+    then ``begin``, which waits for nothing, before its first slice.
+    """
+
+    @property
+    def is_ending(self) -> bool: ...
+    def begin(self) -> None: ...
     def __next__(self) -> Slice: ...
     def close(self) -> None: ...
 
@@ -146,6 +153,8 @@ class Pipeline(Protocol):
     def runtime(self) -> Device: ...
     @property
     def conditioning_cache(self) -> Cache: ...
+    @property
+    def begins_ahead(self) -> bool: ...
 
     def warm_up(
         self,
