@@ -302,8 +302,6 @@ class Worker:
             self._metrics.began(job.start())
         if job is self._ahead:
             self._ahead = None
-        if self._loaded.begins_ahead and flight.run.is_ending:
-            self._begin_after(job)
         previews = flight.advance(joint_s, jobs)
         for preview in previews:
             self._on_preview(job, preview)
@@ -315,10 +313,12 @@ class Worker:
     def _begun(self, job: Job) -> Flight:
         flight = Flight(job, self._loaded, self._scheduler, self._metrics)
         self._flights[job] = flight
+        if self._loaded.begins_ahead:
+            flight.run.meanwhile(partial(self._begin_after, job))
         return flight
 
     def _begin_after(self, job: Job) -> None:
-        """Queue the first work of whichever job is next, while the device is at the end of this.
+        """Queue the first work of whichever job is next behind all of this one's.
 
         Trouble is that other job's: it meets it again where it begins in its turn.
         """

@@ -125,6 +125,7 @@ class Run(Iterator[Progress]):
         self._like: Velocity | None = None
         # Of a picture whose last step is not waited for yet.
         self._decoding: Callable[[], DrawnPicture] | None = None
+        self._meanwhile: Callable[[], None] = lambda: None
         self._slices = self._work()
 
     def __next__(self) -> Progress:
@@ -135,16 +136,18 @@ class Run(Iterator[Progress]):
         self._slices.close()
         self._forget_pictures()
         self._text = self._encoded = self._decoding = None
+        self._meanwhile = lambda: None
 
     def begin(self) -> None:
         """Queue the prompt behind another job's work, before the first slice; wait for nothing."""
         self._begun_text(is_behind_another=True)
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether the last picture's decoding is queued, so that only waiting for it is left."""
-        is_last = len(self._drawn) + 1 == len(self._job.params.seeds)
-        return is_last and self._decoding is not None
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """Have something done when all of the job is queued, before the last of it is waited for.
+
+        It must not raise. It is done again where the last picture is drawn once more.
+        """
+        self._meanwhile = work
 
     def ready(self) -> list[Denoising]:
         """The pictures whose steps come next. Only once prompt and references are encoded."""
@@ -283,8 +286,12 @@ class Run(Iterator[Progress]):
             yield steps
 
     def _begun_decoding(self, latents: Tensor) -> Callable[[], DrawnPicture]:
+        """Of the first picture that is not drawn yet."""
         params = self._job.params
-        return self.pipe.begin_decode(latents, params.width, params.height)
+        decoding = self.pipe.begin_decode(latents, params.width, params.height)
+        if len(self._drawn) + 1 == len(params.seeds):
+            self._meanwhile()
+        return decoding
 
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)

@@ -132,7 +132,9 @@ def test_a_job_that_begins_behind_another_waits_for_nothing(
         second_ids = pipe.tokenizer.encode(second.prompt).key
         assert pipe.conditioning_store.load(second_ids) is not None, "pinned memory is there"
     ending, ahead = pipe.run(first), pipe.run(second)
-    while not ending.is_ending:
+    queued: list[bool] = []
+    ending.meanwhile(lambda: queued.append(True))
+    while not queued:
         next(ending)
     pipe.conditioning_store.wait()
     busy = torch.cuda.Event()

@@ -42,11 +42,11 @@ class AheadRun:
         self._pipeline, self._prompt, self._slices = pipeline, params.prompt, slices
         self._last = (params.n - 1, params.steps or 4)
         self._is_ending = False
+        self._meanwhile: Callable[[], None] = lambda: None
 
-    @property
-    def is_ending(self) -> bool:
+    def meanwhile(self, work: Callable[[], None]) -> None:
         assert self._pipeline.begins_ahead, "asked where no job begins ahead"
-        return self._is_ending
+        self._meanwhile = work
 
     def begin(self) -> None:
         self._pipeline.told.append(f"begin {self._prompt}")
@@ -65,6 +65,8 @@ class AheadRun:
         done: FakeSlice = next(self._slices)
         is_last = (done.image_index, done.step) == self._last
         self._is_ending = is_last and done.stage == "denoise"
+        if self._is_ending:
+            self._meanwhile()
         return replace(done, has_more=is_last and done.stage == "decode")
 
     def close(self) -> None:

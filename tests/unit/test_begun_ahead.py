@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -59,7 +60,9 @@ def finished(run: Run) -> GenerationResult:
 
 def to_its_end(run: Run) -> Run:
     """Run it until only its last decoding is left, which is queued."""
-    while not run.is_ending:
+    queued: list[bool] = []
+    run.meanwhile(lambda: queued.append(True))
+    while not queued:
         next(run)
     return run
 
@@ -112,19 +115,18 @@ def test_with_guidance_both_prompts_are_begun(
 def test_the_next_prompt_is_queued_before_the_last_picture_is_waited_for(
     pipe: FluxPipeline, told: list[str]
 ) -> None:
-    ending = to_its_end(pipe.run(params("a red fox")))
-    assert told[-2:] == ["decoding", "waited for 3"]
+    ending, ahead = pipe.run(params("a red fox")), pipe.run(params("a blue star"))
+    ending.meanwhile(ahead.begin)
+    result = finished(ending)
+    assert told[-5:] == ["decoding", "text", "prepared", "waited for 3", "waited for a picture"]
     told.clear()
-    ahead = pipe.run(params("a blue star"))
-    for _ in range(2):
-        ahead.begin()
-        assert told == ["text", "prepared"], "it waits, or is begun twice"
-    finished(ending)
-    assert told.pop() == "waited for a picture"
+    ahead.begin()
+    assert not told, "it is begun twice"
     next(ahead)
-    assert told == ["text", "prepared", "waited for 4"]
+    assert told == ["waited for 4"]
     finished(ahead)
-    assert "text" not in told[3:] and "prepared" not in told[3:]
+    assert "text" not in told and "prepared" not in told
+    assert list(result.timings) == ["text", "denoise", "decode", "total"]
 
 
 def test_a_known_prompt_s_noise_is_prepared_as_well(pipe: FluxPipeline, told: list[str]) -> None:
@@ -135,22 +137,22 @@ def test_a_known_prompt_s_noise_is_prepared_as_well(pipe: FluxPipeline, told: li
     finished(ending)
 
 
-def test_only_a_run_with_all_its_work_queued_is_ending(pipe: FluxPipeline) -> None:
+def test_other_work_is_done_once_all_of_the_job_is_queued(pipe: FluxPipeline) -> None:
+    told: list[str] = []
     run = pipe.run(params(n=2))
-    told = [(done.stage, run.is_ending) for done in run]
-    image = [("denoise", False), ("denoise", False), ("decode", False)]
-    assert told == [("text", False), *image, image[0], ("denoise", True), image[2]]
+    run.meanwhile(lambda: told.append("meanwhile"))
+    told.extend(done.stage for done in run)
+    image = ["denoise", "denoise", "decode"]
+    assert told == ["text", *image, "denoise", "meanwhile", "denoise", "decode"]
 
 
-def test_no_run_is_ending_where_nothing_is_queued(
+def test_jobs_begin_ahead_only_where_that_waits_for_nothing(
     pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipe.begins_ahead
     monkeypatch.setattr(pipe, "runtime", replace(pipe.runtime, residency="balanced"))
     assert not pipe.begins_ahead, "the encoder's layers come from the host"
-    monkeypatch.setattr(Runtime, "runs_ahead", False)
-    run = pipe.run(params())
-    assert not any(run.is_ending for _ in run)
+    monkeypatch.undo()
     assert not pipe.begins_ahead
 
 
@@ -165,9 +167,7 @@ def test_a_prompt_of_before_a_fault_is_encoded_anew(pipe: FluxPipeline, alone: b
     pipe.forget()
     with faulty(pipe.text_encoder) as encodings, faulty(pipe.vae.decoder) as decodings:
         told: list[tuple[str, int]] = []
-        while not ahead.is_ending:
-            done = next(ahead)
-            told.append((done.stage, done.step))
+        told.extend((done.stage, done.step) for done in islice(ahead, 3))
         assert pixels(finished(ahead)) == expected
     assert told == [("text", 0), ("denoise", 1), ("denoise", 2)]
     assert (len(encodings), len(decodings)) == (1, 1)
@@ -194,10 +194,10 @@ def test_a_fault_in_the_ending_picture_reaches_neither(pipe: FluxPipeline) -> No
     expected = [pixels(pipe.generate(one)) for one in asked]
     pipe.conditioning_cache.clear()
     with faulty(pipe.vae.decoder, NAN) as decodings, faulty(pipe.text_encoder) as encodings:
-        ending = to_its_end(pipe.run(asked[0]))
-        ahead = pipe.run(asked[1])
-        ahead.begin()
+        ending, ahead = (pipe.run(one) for one in asked)
+        ending.meanwhile(ahead.begin)
         assert [pixels(finished(run)) for run in (ending, ahead)] == expected
+    # Each prompt twice; the second one's again as it is begun behind the second try.
     assert (len(decodings), len(encodings)) == (3, 4)
 
 
