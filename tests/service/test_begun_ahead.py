@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from app.engine.scheduler import Scheduler, Turn
 from app.errors import ClientLeftError, JobTimeoutError, ShuttingDownError
 from app.main import pipeline_loader
 from app.metrics import Metrics
+from fluxcore import FluxPipeline
 from fluxcore.errors import DeviceFaultError, OutOfMemoryError
 from fluxcore.params import GenerationParams
 from fluxcore.pipeline.run import Run
@@ -250,8 +252,9 @@ def test_one_that_is_cancelled_while_the_worker_sleeps_is_let_go_of(
 
 
 def test_one_whose_deadline_passes_is_let_go_of(hold: Hold) -> None:
-    held = hold(JobOptions(deadline_s=0.2))
-    threading.Event().wait(0.3)
+    deadline_s = 1.5
+    held = hold(JobOptions(deadline_s=deadline_s))
+    wait_until(lambda: time.monotonic() > held.two.accepted_s + 1.1 * deadline_s)
     held.go_on()
     with pytest.raises(JobTimeoutError):
         held.two.future.result(PATIENCE_S)
@@ -408,7 +411,11 @@ def test_pictures_of_jobs_begun_ahead_are_the_same(
     start_live: StartLive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    begin = Run.begin
+    begin, encode_text, go_on = Run.begin, FluxPipeline.encode_text, threading.Event()
+
+    def waiting(pipe: FluxPipeline, job: Any) -> Any:
+        assert go_on.wait(PATIENCE_S)
+        return encode_text(pipe, job)
 
     def noted(run: Run) -> None:
         begun.append(1)
@@ -416,6 +423,7 @@ def test_pictures_of_jobs_begun_ahead_are_the_same(
 
     monkeypatch.setattr(Runtime, "runs_ahead", True)
     monkeypatch.setattr(Run, "begin", noted)
+    monkeypatch.setattr(FluxPipeline, "encode_text", waiting)
     settings = {"device": "cpu", "batching": "off"}
     made = settings_for_tests(**settings)
     live = start_live(load=pipeline_loader(None, made), settings=settings)
@@ -428,8 +436,11 @@ def test_pictures_of_jobs_begun_ahead_are_the_same(
         data = base64.b64decode(later.answer().json()["images"][0]["b64"])
         return np.asarray(Image.open(io.BytesIO(data)))
 
-    together = [picture(later) for later in [ask(number) for number in range(4)]]
-    assert begun
+    later = [ask(number) for number in range(4)]
+    wait_until(lambda: live.depth == 3)
+    go_on.set()
+    together = [picture(one) for one in later]
+    assert len(begun) == 3
     begun.clear()
     for number, found in enumerate(together):
         assert np.array_equal(found, picture(ask(number)))
