@@ -6,6 +6,10 @@ A real service on a free port is kept busy by clients who send their next reques
 as they have an answer, so that a job always waits. Measured on the worker's own thread: a
 slice is the device's time, and what lies between the end of one slice and the start of the
 next is the gap. Slices of the first and last jobs are left out.
+
+A GPU has the next work queued while the host looks at the last, so it is asked itself, too: by
+events in its queue before and behind each text, step and decoding. The gaps between these hold
+small work like noise; what launching takes counts as work.
 """
 
 from __future__ import annotations
@@ -18,15 +22,18 @@ import statistics
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from app.engine import LoadStep
 from app.main import create_engine, create_server, listen, pipeline_loader
 from app.settings import Settings
 
 WARM_JOBS = 3
+Slice = tuple[float, float, int]
 
 
 class Watched:
@@ -34,7 +41,8 @@ class Watched:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self.slices: list[tuple[float, float, int, str]] = []
+        self.queue = Queue(pipeline) if pipeline.runtime.kind == "cuda" else None
+        self.slices: list[Slice] = []
         self._jobs = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -44,24 +52,61 @@ class Watched:
         """Each job's slices are to be its own."""
         return 1.0
 
-    def run(self, params: Any, *, alone: bool = False) -> Generator[Any, None, Any]:
+    def run(self, params: Any, *, alone: bool = False) -> WatchedRun:
         self._jobs += 1
-        job, work = self._jobs, self._pipeline.run(params, alone=alone)
-        while True:
-            began = time.perf_counter()
-            try:
-                done = next(work)
-            except StopIteration as end:
-                self.slices.append((began, time.perf_counter(), job, "end"))
-                return end.value
-            self.slices.append((began, time.perf_counter(), job, done.stage))
-            yield done
+        return WatchedRun(self._pipeline.run(params, alone=alone), self._jobs, self.slices)
+
+
+class WatchedRun(Iterator[Any]):
+    """One job's slices, noted."""
+
+    def __init__(self, run: Any, job: int, slices: list[Slice]) -> None:
+        self._run, self._job, self._slices = run, job, slices
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        try:
+            return next(self._run)
+        finally:
+            self._slices.append((began, time.perf_counter(), self._job))
+
+
+class Queue:
+    """What a GPU has to do, in its order: events before and behind each part of a job."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.parts: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        for part in ("_embeddings_of", "_velocity_of", "begin_decode"):
+            setattr(pipeline, part, self._noted(part, getattr(pipeline, part)))
+
+    def _noted(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+            began.record()
+            done = work(*args)
+            ended.record()
+            self.parts.append((part, began, ended))
+            return done
+
+        return noted
+
+    def report(self) -> None:
+        """Each job begins with its text."""
+        starts = [i for i, (part, _, _) in enumerate(self.parts) if part == "_embeddings_of"]
+        kept = self.parts[starts[WARM_JOBS] : starts[-WARM_JOBS] + 1]
+        gaps = [
+            (ended.elapsed_time(began), part == "_embeddings_of")
+            for (_, _, ended), (part, began, _) in itertools.pairwise(kept)
+        ]
+        tell("the GPU", gaps, kept[0][1].elapsed_time(kept[-1][1]), len(starts) - 2 * WARM_JOBS)
 
 
 def keep_busy(url: str, jobs: int, clients: int, body: dict[str, Any]) -> None:
     """Send ``jobs`` requests from ``clients`` threads, each as soon as its last is answered."""
-    numbers = iter(range(jobs))
-    lock = threading.Lock()
+    numbers, lock = iter(range(jobs)), threading.Lock()
 
     def client() -> None:
         while True:
@@ -111,39 +156,43 @@ def main() -> None:
     while not engine.status().is_ready:
         time.sleep(0.05)
     watched[0].slices.clear()
+    if watched[0].queue is not None:
+        watched[0].queue.parts.clear()
     body = {"width": args.size, "height": args.size, "steps": args.steps}
     keep_busy(url, args.jobs, args.clients, body)
     server.should_exit = True
     thread.join()
     report(watched[0].slices, args)
+    if watched[0].queue is not None:
+        watched[0].queue.report()
 
 
-def report(slices: list[tuple[float, float, int, str]], args: argparse.Namespace) -> None:
-    order = sorted({job for _, _, job, _ in slices})
-    kept = {job for job in order if WARM_JOBS < order.index(job) + 1 <= len(order) - WARM_JOBS}
+def report(slices: list[Slice], args: argparse.Namespace) -> None:
+    kept = set(sorted({job for _, _, job in slices})[WARM_JOBS:-WARM_JOBS])
     kept_slices = [each for each in slices if each[2] in kept]
     gaps = [
-        (after[0] - before[1], before[2] != after[2])
+        (1000 * (after[0] - before[1]), before[2] != after[2])
         for before, after in itertools.pairwise(kept_slices)
     ]
-    whole = kept_slices[-1][1] - kept_slices[0][0]
-    idle = sum(gap for gap, _ in gaps)
-    job_ms = 1000 * whole / len(kept)
     print(
         f"{len(kept)} jobs of {args.size}x{args.size}, {args.steps} steps, {args.clients} clients"
     )
-    print(
-        f"one job takes {job_ms:.1f} ms, of which the device is idle {1000 * idle / len(kept):.2f}"
-    )
+    tell("the worker", gaps, 1000 * (kept_slices[-1][1] - kept_slices[0][0]), len(kept))
+
+
+def tell(who: str, gaps: Sequence[tuple[float, bool]], whole_ms: float, jobs: int) -> None:
+    """Gaps in milliseconds, and whether each lies between two jobs."""
+    idle_ms = sum(gap for gap, _ in gaps)
+    print(f"{who}: one job takes {whole_ms / jobs:.1f} ms, idle {idle_ms / jobs:.2f}")
     for name, is_between in (("within a job", False), ("between jobs", True)):
-        found = [1000 * gap for gap, between in gaps if between == is_between]
+        found = [gap for gap, between in gaps if between == is_between]
         if len(found) > 1:
             print(
                 f"  gaps {name}: median {statistics.median(found):.3f} ms, "
                 f"p90 {statistics.quantiles(found, n=10)[-1]:.3f}, most {max(found):.3f}, "
-                f"n {len(found)}"
+                f"n {len(found)}, share {sum(found) / whole_ms:.2%}"
             )
-    print(f"idle share {idle / whole:.2%}")
+    print(f"  idle share {idle_ms / whole_ms:.2%}")
 
 
 if __name__ == "__main__":

@@ -131,8 +131,14 @@ class Slice(Protocol):
 
 
 class Run(Protocol):
-    """A job's slices; ``StopIteration`` carries the ``Result``."""
+    """A job's slices; ``StopIteration`` carries the ``Result``.
 
+    Where a pipeline ``begins_ahead``, a run does other work ``meanwhile`` when all of its own is
+    queued. Another may then ``begin``, which waits for nothing, before its first slice.
+    """
+
+    def meanwhile(self, work: Callable[[], None]) -> None: ...
+    def begin(self) -> None: ...
     def __next__(self) -> Slice: ...
     def close(self) -> None: ...
 
@@ -146,6 +152,8 @@ class Pipeline(Protocol):
     def runtime(self) -> Device: ...
     @property
     def conditioning_cache(self) -> Cache: ...
+    @property
+    def begins_ahead(self) -> bool: ...
 
     def warm_up(
         self,

@@ -59,8 +59,16 @@ class Flight:
         self._previewer = Previewer(job, pipeline)
         self.result: Result | None = None
         self.times = FlightTimes()
+        # What ``begin`` took, which the first slice is charged with.
+        self._begun_s = 0.0
         # The steps that each picture has come to.
         self._steps: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Queue the run's first work behind another job's. Raises what the pipeline does."""
+        began_s = time.monotonic()
+        self.run.begin()
+        self._begun_s = time.monotonic() - began_s
 
     def share(self, count: int) -> float:
         """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
@@ -93,7 +101,8 @@ class Flight:
             self.result = end.value
         sliced_s = time.monotonic()
         self.times.own_s += sliced_s - began_s
-        took_s = joint_s / jobs + sliced_s - began_s
+        took_s = joint_s / jobs + sliced_s - began_s + self._begun_s
+        self._begun_s = 0.0
         if len(shown) * jobs > 1:
             self._metrics.joined(len(shown))
         for done in shown:

@@ -47,6 +47,7 @@ class Entry:
         deadline_s: on the clock of ``now_s``.
         likeness: equal for jobs whose steps may be taken as one; None for those that go alone.
         is_active: its first slice has been given to the worker.
+        is_ahead: the worker was told that it may begin it before that.
         told_position: what its watchers were last told.
     """
 
@@ -56,6 +57,7 @@ class Entry:
     deadline_s: float | None
     likeness: Hashable | None = None
     is_active: bool = False
+    is_ahead: bool = False
     told_position: int | None = None
     estimate_s: float = 0.0
     estimate_version: int = -1
@@ -130,6 +132,20 @@ class Policy:
             return running or best
         is_nested = len(active) > 1
         return best if self._gives_way(running, best, now_s, is_nested=is_nested) else running
+
+    def foresee(
+        self,
+        waiting: Collection[Entry],
+        active: Collection[Entry],
+        now_s: float,
+        *,
+        may_start: bool,
+    ) -> Entry | None:
+        """What ``choose`` would say; nothing is done, and no account is kept of it."""
+        oldest = self._oldest
+        chosen = self.choose(waiting, active, now_s, may_start=may_start)
+        self._oldest = oldest
+        return chosen
 
     def company(
         self,

@@ -28,12 +28,14 @@ class Turn:
         end: why to end it.
         beside: other jobs whose steps are to be taken with its own, as one.
         trial: find out whether the steps of so many jobs like this one are better taken as one.
+        is_gone: let go of it: it may have been begun ahead, and has left since.
     """
 
     job: Job
     end: ServiceError | None = None
     beside: tuple[Job, ...] = ()
     trial: int | None = None
+    is_gone: bool = False
 
 
 class Scheduler:
@@ -62,6 +64,8 @@ class Scheduler:
         self._admission = Admission(limits)
         self._waiting: dict[Job, Entry] = {}
         self._active: dict[Job, Entry] = {}
+        # Jobs that may have been begun ahead and wait no more; the worker is to hear of them.
+        self._gone: list[Job] = []
         self._packing = 0
         self._accepted = 0
         self._closed = False
@@ -156,6 +160,24 @@ class Scheduler:
         with self._changed:
             return self._next_turn()
 
+    def next_after(self, job: Job) -> Job | None:
+        """The waiting job that would begin if this one, which is in flight, were done.
+
+        The worker may begin it ahead. It goes on waiting, another may yet pass it, and a turn tells
+        if it leaves.
+        """
+        with self._changed:
+            chosen = self._policy.foresee(
+                self._waiting.values(),
+                [entry for other, entry in self._active.items() if other is not job],
+                self._clock(),
+                may_start=self._may_start,
+            )
+            if chosen is None or chosen.is_active:
+                return None
+            chosen.is_ahead = True
+            return chosen.job
+
     def slice_done(self, job: Job, stage: str, took_s: float) -> None:
         """The worker has run a slice of a stage."""
         with self._changed:
@@ -198,9 +220,12 @@ class Scheduler:
     def remove(self, job: Job) -> bool:
         """Take a waiting job out. False when it is not waiting (any more)."""
         with self._changed:
-            if self._waiting.pop(job, None) is None:
+            entry = self._waiting.pop(job, None)
+            if entry is None:
                 return False
-            self._policy.shares.left(job.options.client)
+            self._left(entry)
+            if entry.is_ahead:
+                self._changed.notify()
         self._tell_places()
         return True
 
@@ -209,9 +234,9 @@ class Scheduler:
         with self._changed:
             self._closed = True
             left = list(self._waiting)
+            for entry in self._waiting.values():
+                self._left(entry)
             self._waiting.clear()
-            for job in left:
-                self._policy.shares.left(job.options.client)
             self._changed.notify_all()
             return left
 
@@ -235,7 +260,19 @@ class Scheduler:
                 if self._policy.key(other, now_s) <= key
             )
 
+    def _left(self, entry: Entry) -> None:
+        """A job that waited was taken out."""
+        self._policy.shares.left(entry.job.options.client)
+        if entry.is_ahead:
+            self._gone.append(entry.job)
+
+    @property
+    def _may_start(self) -> bool:
+        return self.in_flight < self._limits.in_flight
+
     def _next_turn(self) -> Turn | None:
+        if self._gone:
+            return Turn(self._gone.pop(), is_gone=True)
         now_s = self._clock()
         for job in self._active:
             if job.cancelled is not None:
@@ -248,7 +285,7 @@ class Scheduler:
             self._waiting.values(),
             self._active.values(),
             now_s,
-            may_start=self.in_flight < self._limits.in_flight,
+            may_start=self._may_start,
         )
         if entry_chosen is None:
             return None

@@ -117,6 +117,8 @@ class Worker:
         self.is_device_suspect = False
         self._warmed_s = 0.0
         self._flights: dict[Job, Flight] = {}
+        # The one of these that was begun behind another's end, and has had no slice yet.
+        self._ahead: Job | None = None
         self._in_hand: _InHand | None = None
 
     @property
@@ -225,7 +227,9 @@ class Worker:
         while (turn := self._scheduler.take()) is not None:
             token = telemetry.request_id.set(turn.job.request_id)
             end = turn.end or turn.job.cancelled
-            if end is not None:
+            if turn.is_gone:
+                self._close(turn.job)
+            elif end is not None:
                 self._end(turn.job, end)
             elif turn.trial is not None:
                 self._try_joining(turn.job, turn.trial)
@@ -237,21 +241,23 @@ class Worker:
 
     def _end(self, job: Job, reason: ServiceError) -> None:
         """Abandon a job, whether it has begun or not."""
-        if self._close(job) or job in self._scheduler.active:
+        self._close(job)
+        if job in self._scheduler.active:
             self._scheduler.finished(job)
         self._on_failed(job, reason)
 
-    def _close(self, job: Job) -> bool:
-        """Let go of a job's run, and of all that it holds. False where it has none."""
+    def _close(self, job: Job) -> None:
+        """Let go of a job's run, if it has one, and of all that it holds."""
+        if job is self._ahead:
+            self._ahead = None
         flight = self._flights.pop(job, None)
         if flight is None:
-            return False
+            return
         try:
             flight.close()
         except Exception:
             # Whatever a run does as it is abandoned, the next job must be served.
             logger.exception("a job that was given up failed as it was closed")
-        return True
 
     def _advance(self, job: Job, beside: tuple[Job, ...]) -> None:
         """Run one slice of a job, or of several as one; answer those that end by it."""
@@ -291,10 +297,11 @@ class Worker:
 
     def _slice(self, job: Job, joint_s: float, jobs: int) -> bool:
         """One slice of a job. Whether it was the last; its pictures are then on their way."""
-        flight = self._flights.get(job)
-        if flight is None:
-            flight = self._flights[job] = Flight(job, self._loaded, self._scheduler, self._metrics)
+        flight = self._flights.get(job) or self._begun(job)
+        if job.started_s is None:
             self._metrics.began(job.start())
+        if job is self._ahead:
+            self._ahead = None
         previews = flight.advance(joint_s, jobs)
         for preview in previews:
             self._on_preview(job, preview)
@@ -302,6 +309,37 @@ class Worker:
             return False
         self._on_drawn(job, flight.result, flight.times)
         return True
+
+    def _begun(self, job: Job) -> Flight:
+        flight = Flight(job, self._loaded, self._scheduler, self._metrics)
+        self._flights[job] = flight
+        if self._loaded.begins_ahead:
+            flight.run.meanwhile(partial(self._begin_after, job))
+        return flight
+
+    def _begin_after(self, job: Job) -> None:
+        """Queue the first work of whichever job is next behind all of this one's.
+
+        Trouble is that other job's: it meets it again where it begins in its turn.
+        """
+        following = self._scheduler.next_after(job)
+        if following is None or following is self._ahead:
+            return
+        self._close_ahead()
+        token = telemetry.request_id.set(following.request_id)
+        try:
+            self._begun(following).begin()
+            self._ahead = following
+        except Exception as error:
+            logger.warning("not begun ahead of its turn: %s", error, exc_info=True)
+        if self._ahead is None:
+            self._close(following)
+        telemetry.request_id.reset(token)
+
+    def _close_ahead(self) -> None:
+        """Let go of what was begun ahead; that job begins in its turn."""
+        if self._ahead is not None:
+            self._close(self._ahead)
 
     def _attempt(
         self, job: Job, work: Callable[[], bool | None], slices: int = 1
@@ -330,6 +368,7 @@ class Worker:
         """The device is done with a job. Called where no traceback holds its tensors any more."""
         self._close(job)
         if ending.is_out_of_memory:
+            self._close_ahead()
             self._loaded.runtime.release_memory()
         if ending.failure is None or ending.is_fault:
             self.is_device_suspect = ending.is_fault

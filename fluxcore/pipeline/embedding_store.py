@@ -49,7 +49,7 @@ class EmbeddingStore:
     Args:
         bytes_limit: of all files together.
         shape, dtype: of every embedding.
-        device: where loaded ones are to lie.
+        placed: brings what was loaded to the device, in a dtype.
         decides: what the values depend on besides the tokens.
         begin_to_host: begins a copy; what waits for it may be called from any thread.
     """
@@ -61,14 +61,14 @@ class EmbeddingStore:
         *,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        device: torch.device,
+        placed: Callable[[Tensor, torch.dtype], Tensor],
         decides: Mapping[str, str],
         begin_to_host: Callable[[Tensor], Callable[[], list[Tensor]]],
     ) -> None:
         self._directory = directory
         self._bytes_limit = bytes_limit
         self._begin_to_host = begin_to_host
-        self._shape, self._dtype, self._device = shape, dtype, device
+        self._shape, self._dtype, self._placed = shape, dtype, placed
         described = "\n".join(f"{name}={value}" for name, value in sorted(decides.items()))
         self._seed = hashlib.blake2b(f"{__version__}\n{described}".encode()).digest()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="fluxd-embeddings")
@@ -91,7 +91,7 @@ class EmbeddingStore:
             return None
         self.hits += 1
         self._in_background(os.utime, path)
-        return found.to(self._device)
+        return self._placed(found, self._dtype)
 
     def save(self, ids: TokenIds, embeddings: Tensor) -> None:
         """Write embeddings in the background, if they are not there yet."""

@@ -78,6 +78,7 @@ class FluxPipeline:
         conditioning_cache: recent text embeddings, with hit and miss counters.
         conditioning_store: where they outlive the process, if they do.
         joint: steps of several pictures as one.
+        faults: how often ``forget`` was called.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class FluxPipeline:
         self.stream = components.stream
         # What a base model steers away from where a request does not say.
         empty = () if self.info.is_distilled else (self.tokenizer.encode("").key,)
+        self.faults = 0
         self.conditioning_store = store
         self.conditioning_cache = ConditioningCache(conditioning_cache_bytes, empty, store)
         self.rope_tables = RopeTables(
@@ -123,6 +125,14 @@ class FluxPipeline:
             with_lines(decoder, runtime.deflate) if runtime.filters_pictures else decoder,
             GRAPHED_TOKENS,
         )
+
+    @property
+    def begins_ahead(self) -> bool:
+        """Whether a job's prompt can be queued behind another job's last work.
+
+        Not where the encoder's layers come from the host: queueing then takes as long as the work.
+        """
+        return self.runtime.runs_ahead and self.runtime.residency == "resident"
 
     @classmethod
     def load(
@@ -192,7 +202,7 @@ class FluxPipeline:
                 conditioning_store_bytes,
                 shape=(1, TEXT_TOKENS, components.config.text_encoder.conditioning_width),
                 dtype=runtime.dtypes.residual or runtime.dtypes.weights,
-                device=runtime.device,
+                placed=runtime.placed,
                 begin_to_host=runtime.begin_to_host,
                 decides={
                     "weights": component_identity(directory / "text_encoder"),
@@ -404,7 +414,11 @@ class FluxPipeline:
                 on_step(progress.denoise_step, progress.image_index)
 
     def forget(self) -> None:
-        """Drop what is kept for reuse, in which a fault of the device may have been kept."""
+        """Drop what is kept for reuse, in which a fault of the device may have been kept.
+
+        A prompt that was queued for a run before its first slice is then encoded anew.
+        """
+        self.faults += 1
         self.conditioning_cache.clear()
         self.rope_tables.clear()
         self.modulations.clear()

@@ -40,6 +40,19 @@ class Begun(NamedTuple):
     wait: Callable[[], None]
 
 
+class BegunText(NamedTuple):
+    """A job's prompts, which the device may still be at, and what waits for them.
+
+    Attributes:
+        faults: as many as the pipeline knew of when this was begun.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    wait: Callable[[], None]
+    faults: int
+
+
 def begin_ahead(runs: Sequence[Run], most: int = 2) -> None:
     """Begin the next step of one job, or of several that are alike, as one.
 
@@ -101,6 +114,7 @@ class Run(Iterator[Progress]):
         self.times = StageTimes(pipe.runtime.synchronize)
         self.begun: deque[Begun] = deque()
         self._job = pipe.prepare(params)
+        self._text: BegunText | None = None
         self._encoded: EncodedJob | None = None
         self._drawn: list[DrawnPicture] = []
         # Those in the making, side by side.
@@ -111,6 +125,7 @@ class Run(Iterator[Progress]):
         self._like: Velocity | None = None
         # Of a picture whose last step is not waited for yet.
         self._decoding: Callable[[], DrawnPicture] | None = None
+        self._meanwhile: Callable[[], None] = lambda: None
         self._slices = self._work()
 
     def __next__(self) -> Progress:
@@ -119,9 +134,20 @@ class Run(Iterator[Progress]):
     def close(self) -> None:
         """Abandon the job."""
         self._slices.close()
-        self._pictures.clear()
-        self._next = self._like = self._decoding = None
-        self.begun.clear()
+        self._forget_pictures()
+        self._text = self._encoded = self._decoding = None
+        self._meanwhile = lambda: None
+
+    def begin(self) -> None:
+        """Queue the prompt behind another job's work, before the first slice; wait for nothing."""
+        self._begun_text(is_behind_another=True)
+
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """Have something done when all of the job is queued, before the last of it is waited for.
+
+        It must not raise. It is done again where the last picture is drawn once more.
+        """
+        self._meanwhile = work
 
     def ready(self) -> list[Denoising]:
         """The pictures whose steps come next. Only once prompt and references are encoded."""
@@ -168,13 +194,8 @@ class Run(Iterator[Progress]):
         pipe, job, times = self.pipe, self._job, self.times
         resolved = job.params
         pipe.runtime.reset_peak()
+        positive, negative, wait, _ = self._begun_text()
         with times.stage("text", waits=False):
-            positive, negative = pipe.encode_text(job)
-            wait = pipe.runtime.mark()
-            # Before control is handed back: the first step may be taken together with another's.
-            self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
-            if not positive.cache_hit and not job.request.references:
-                self._begin_behind_the_text()
             wait()
         self._warn_of_cuts(positive, negative)
         yield self._progress("text")
@@ -265,11 +286,38 @@ class Run(Iterator[Progress]):
             yield steps
 
     def _begun_decoding(self, latents: Tensor) -> Callable[[], DrawnPicture]:
+        """Of the first picture that is not drawn yet."""
         params = self._job.params
-        return self.pipe.begin_decode(latents, params.width, params.height)
+        decoding = self.pipe.begin_decode(latents, params.width, params.height)
+        if len(self._drawn) + 1 == len(params.seeds):
+            self._meanwhile()
+        return decoding
 
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)
+
+    def _begun_text(self, *, is_behind_another: bool = False) -> BegunText:
+        """The prompts, queued if they are not. Not those of before a fault that came to light."""
+        pipe, job = self.pipe, self._job
+        if self._text is not None and self._text.faults == pipe.faults:
+            return self._text
+        self._forget_pictures()
+        with self.times.stage("text", waits=False):
+            positive, negative = pipe.encode_text(job)
+            text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
+            # Before control is handed back: the first step may be taken together with another's.
+            self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
+            is_device_busy = is_behind_another or not positive.cache_hit
+            if is_device_busy and not job.request.references:
+                self._begin_behind_the_text()
+        self._text = text
+        return text
+
+    def _forget_pictures(self) -> None:
+        """Drop what is in the making."""
+        self._pictures.clear()
+        self.begun.clear()
+        self._next = self._like = None
 
     def _begin_behind_the_text(self) -> None:
         """Queue the first steps, or what they need, while the device is at the prompt.

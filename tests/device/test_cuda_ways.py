@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.kernels import plain_attention
-from fluxcore.pipeline import DenoiseStep
+from fluxcore.pipeline import DenoiseStep, GenerationResult
 from fluxcore.pipeline.denoise import step_together
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
+from fluxcore.pipeline.run import Run
 from fluxcore.residues import filtered, strip_height
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
@@ -75,6 +77,15 @@ def _bytes(pipe: FluxPipeline, params: GenerationParams) -> bytes:
     return pipe.generate(params).images[0].tobytes()
 
 
+def _result(run: Run) -> GenerationResult:
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            result: GenerationResult = end.value
+            return result
+
+
 def test_graphs_change_no_bit(plain: FluxPipeline, tiny_checkpoint: Path) -> None:
     graphed = _pipeline(tiny_checkpoint, compile_networks="off", cuda_graphs=24)
     for name, params in REQUESTS.items():
@@ -102,6 +113,45 @@ def test_what_is_queued_waits_for_nothing(tiny_checkpoint: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert np.array_equal(decoding().pixels, expected)
+
+
+@pytest.mark.parametrize("known", ["new", "in memory", "on disk"])
+def test_a_job_that_begins_behind_another_waits_for_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, known: str
+) -> None:
+    pipe = FluxPipeline.load(
+        tiny_checkpoint, "cuda", conditioning_store=tmp_path, conditioning_store_bytes=2**30
+    )
+    assert pipe.begins_ahead and pipe.conditioning_store is not None
+    first, second = REQUESTS["text"], replace(REQUESTS["other size"], prompt="a blue star")
+    expected = [
+        [pipe.generate(asked).pictures[0].pixels for _ in "12"][1] for asked in (first, second)
+    ]
+    pipe.conditioning_store.wait()
+    if known == "new":
+        pipe.conditioning_cache.clear()
+    elif known == "on disk":
+        pipe.conditioning_cache.forget_memory()
+        second_ids = pipe.tokenizer.encode(second.prompt).key
+        assert pipe.conditioning_store.load(second_ids) is not None, "pinned memory is there"
+    ending, ahead = pipe.run(first), pipe.run(second)
+    queued: list[bool] = []
+    ending.meanwhile(lambda: queued.append(True))
+    while not queued:
+        next(ending)
+    pipe.conditioning_store.wait()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(10**9)
+    busy.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ahead.begin()
+        is_behind = not busy.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert is_behind, "it has waited until the device was done"
+    for run, pixels in zip((ending, ahead), expected, strict=True):
+        assert np.array_equal(_result(run).pictures[0].pixels, pixels)
 
 
 def test_the_peak_of_memory_is_pytorch_s_own() -> None:

@@ -128,6 +128,7 @@ class FakePipeline:
     info: FakeModel = field(default_factory=FakeModel)
     runtime: FakeDevice = field(default_factory=FakeDevice)
     conditioning_cache: FakeCache = field(default_factory=FakeCache)
+    begins_ahead: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     ran: list[str] = field(default_factory=list)

@@ -21,13 +21,12 @@ SHAPE = (1, 4, 6)
 def store(
     directory: Path, limit: int = 2**20, dtype: torch.dtype = torch.bfloat16, **decides: str
 ) -> EmbeddingStore:
-    device = torch.device("cpu")
     return EmbeddingStore(
         directory,
         limit,
         shape=SHAPE,
         dtype=dtype,
-        device=device,
+        placed=lambda values, dtype: values.to(dtype),
         decides=decides,
         begin_to_host=lambda values: lambda: [values],
     )
@@ -54,6 +53,18 @@ def test_another_process_finds_them_bit_for_bit(tmp_path: Path) -> None:
     (path,) = (tmp_path / "new").iterdir()
     assert path.stat().st_mode & 0o077 == 0
     assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_found_comes_to_the_device_as_the_runtime_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind what is queued there, which nobody waits for."""
+    first = store(tmp_path)
+    first.save((1, 2, 3), embeddings(2.0))
+    first.wait()
+    placed = embeddings(5.0)
+    monkeypatch.setattr(first, "_placed", lambda values, dtype: placed)
+    assert first.load((1, 2, 3)) is placed
 
 
 def test_other_weights_devices_and_dtypes_have_their_own(tmp_path: Path) -> None:

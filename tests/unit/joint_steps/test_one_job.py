@@ -115,6 +115,19 @@ def test_a_group_is_queued_ahead_and_waited_for_once_a_step(
     ]
 
 
+def test_a_group_is_all_queued_with_its_last_decoding(
+    pipe: FluxPipeline, joining: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joining(pipe)
+    pipe.generate(params(n=2))
+    told = told_ahead(pipe, monkeypatch)
+    run = pipe.run(params(n=2))
+    run.meanwhile(lambda: told.append("meanwhile"))
+    told.extend(done.stage for done in run)
+    assert told[-4:] == ["decode", "decoding", "meanwhile", "decode"]
+    assert told.count("meanwhile") == 1
+
+
 @pytest.mark.parametrize("stage", ["text", "decode"])
 @pytest.mark.parametrize("lost", ["after a fault", "for other sizes"])
 def test_a_picture_that_was_prepared_fits_those_that_are_not(
