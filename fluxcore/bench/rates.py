@@ -100,6 +100,9 @@ class Rates:
             columns, of_columns = format.round_rows(weight)
             packed, scales = format.pack(columns), of_columns.t().contiguous()
             yield lambda: format.product(rows, of_rows, packed, scales, dtype)
+            unscaled = format.unscaled
+            if unscaled is not None:
+                yield lambda: unscaled(rows, packed)
             if amx is not None and fits(weight):
                 narrow = amx.packed(columns)
                 yield lambda: amx.int8_linear(x, narrow, scales.flatten())

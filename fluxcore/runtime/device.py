@@ -35,6 +35,7 @@ from fluxcore.runtime.quantised import (
     EightBits,
     Precision,
     check_precision,
+    give_no_workspace,
     quantise_layer,
 )
 from fluxcore.runtime.residency import Residency
@@ -412,6 +413,8 @@ def choose_runtime(
     place = torch.device(device)
     capability = torch.cuda.get_device_capability(place) if kind == "cuda" else None
     check_precision(precision, kind, dtypes.weights, capability)
+    if precision == "fp8":
+        give_no_workspace()
     fuses = kind == "cuda" and kernels != "plain"
     missing = missing_for_triton() if fuses else None
     if missing is not None:

@@ -17,7 +17,7 @@ from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
 from fluxcore.runtime.triton_attention import attend, is_short
 from fluxcore.runtime.triton_kernels import FormedRows, Rope, launch
-from fluxcore.runtime.triton_loop import BlockLoop
+from fluxcore.runtime.triton_loop import Addend, BlockLoop
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048
@@ -74,13 +74,13 @@ class FusedBlocks(BlockLoop):
     def tables(self, pe: Rope) -> Rope:
         return half_tables(pe)
 
-    def attended(self, number: int, rows: FormedRows, pe: Rope, split: int) -> tuple[Tensor, ...]:
+    def attended(self, number: int, rows: FormedRows, pe: Rope, split: int) -> tuple[Addend, ...]:
         return _attended(self.double[number], self._weights[number], rows.values, pe, split)
 
-    def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Tensor, ...]:
+    def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Addend, ...]:
         return _gated(self.double[number], self._weights[number], rows.values, split)
 
-    def updates(self, block: SingleBlock, rows: FormedRows, pe: Rope, kept: slice | None) -> Tensor:
+    def updates(self, block: SingleBlock, rows: FormedRows, pe: Rope, kept: slice | None) -> Addend:
         return _updates(block, rows.values, pe, kept)
 
 
@@ -110,7 +110,7 @@ def joined_weights(block: DoubleBlock) -> JointWeights:
 
 def _attended(
     block: DoubleBlock, weights: JointWeights, rows: Tensor, turns: Rope, split: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Addend, ...]:
     """What attention adds to each stream. Shapes: rows [B, L, D], modulated -> [B, L_i, D]."""
     norm = block.txt.qk_norm
     heads = rows.new_empty((*rows.shape[:2], 3 * rows.shape[-1]))
@@ -121,19 +121,20 @@ def _attended(
     else:
         attended = block.attention(*heads_of(heads), None)  # [B, H, L, K]
         attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
-    return block.txt.out(attended[:, :split]), block.img.out(attended[:, split:])
+    return Addend(block.txt.out(attended[:, :split])), Addend(block.img.out(attended[:, split:]))
 
 
 def _gated(
     block: DoubleBlock, weights: JointWeights, rows: Tensor, split: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Addend, ...]:
     """What the MLPs add. Shapes: rows [B, L, D], modulated -> [B, L_i, D] of each stream."""
     gated = rows.new_empty((*rows.shape[:2], len(weights.mlp_in) // 4))
     multiply(rows, weights.mlp_in, gated=gated, first=split)
-    return block.txt.mlp_out(gated[:, :split]), block.img.mlp_out(gated[:, split:])
+    of_txt, of_img = gated[:, :split], gated[:, split:]
+    return Addend(block.txt.mlp_out(of_txt)), Addend(block.img.mlp_out(of_img))
 
 
-def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None) -> Tensor:
+def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None) -> Addend:
     """What a block adds, before its gate. Shapes: rows [B, L, D], modulated -> [B, L_kept, D].
 
     Args:
@@ -146,7 +147,7 @@ def _updates(block: SingleBlock, rows: Tensor, turns: Rope, kept: slice | None) 
         q, k, v = heads_of(heads)
         q = q if kept is None else q[:, :, kept]
         _put_before(joined, block.attention(q, k, v, None))  # [B, H, L_kept, K]
-    return block.out(joined)  # type: ignore[no-any-return]
+    return Addend(block.out(joined))
 
 
 def _put_before(joined: Tensor, attended: Tensor) -> None:

@@ -241,6 +241,11 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
     """As ``fluxcore.kernels.gated_linear``."""
     if not isinstance(linear, EightBitLinear):
         return linear(gated(hidden, before))  # type: ignore[no-any-return]
+    return gated_rows(linear, hidden, before).times(linear, hidden)
+
+
+def gated_rows(linear: EightBitLinear, hidden: Tensor, before: Tensor | None = None) -> FormedRows:
+    """What ``gated`` gives, rounded for a layer."""
     hidden = evenly(hidden)
     before = hidden if before is None else before.contiguous()
     mlp = hidden.shape[-1] // 2
@@ -263,7 +268,7 @@ def gated_linear(linear: nn.Module, hidden: Tensor, before: Tensor | None = None
         *_parts(kept),
         num_warps=8,
     )
-    return rows.times(linear, hidden)
+    return rows
 
 
 def gated(hidden: Tensor, before: Tensor | None = None) -> Tensor:

@@ -20,10 +20,32 @@ from torch import Tensor
 from fluxcore.runtime.triton_kernels import FormedRows, Rope, add_gated, launch, store_row
 
 
-class Update(NamedTuple):
-    """What is to be added to the rows of each stream, or of all: [B, L_i, D] each."""
+class Addend(NamedTuple):
+    """What is to be added to some rows, before its gate.
 
-    parts: tuple[Tensor, ...]
+    Shapes: values [B, L, D]; scales [B L, 1] and [1, D] float32.
+
+    Attributes:
+        scales: of rows and of columns, which the values have not been multiplied by; None: they
+            need no more.
+    """
+
+    values: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+
+    def whole(self) -> Tensor:
+        """With its scales."""
+        if self.scales is None:
+            return self.values
+        of_rows, of_columns = self.scales
+        scaled = self.values.flatten(0, 1) * of_rows * of_columns  # [B L, D] float32
+        return scaled.to(self.values.dtype).view(self.values.shape)
+
+
+class Update(NamedTuple):
+    """What is to be added to the rows of each stream, or of all."""
+
+    parts: tuple[Addend, ...]
     gate: Tensor
 
 
@@ -39,16 +61,16 @@ class BlockLoop(ABC):
         self.single = list(transformer.single_blocks)
 
     @abstractmethod
-    def attended(self, number: int, rows: FormedRows, pe: Rope, split: int) -> tuple[Tensor, ...]:
+    def attended(self, number: int, rows: FormedRows, pe: Rope, split: int) -> tuple[Addend, ...]:
         """What attention of a double block adds to each stream. Shapes: -> [B, L_i, D]."""
 
     @abstractmethod
-    def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Tensor, ...]:
+    def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Addend, ...]:
         """What the MLPs of a double block add. Shapes: -> [B, L_i, D] of each stream."""
 
     @abstractmethod
-    def updates(self, block: Any, rows: FormedRows, pe: Rope, kept: slice | None) -> Tensor:
-        """What a single block adds, before its gate. Shapes: -> [B, L_kept, D].
+    def updates(self, block: Any, rows: FormedRows, pe: Rope, kept: slice | None) -> Addend:
+        """What a single block adds. Shapes: -> [B, L_kept, D].
 
         Args:
             kept: the rows that are asked for; None: all.
@@ -80,7 +102,7 @@ class BlockLoop(ABC):
             x, rows = self._next(x, update, then_shift, then_factor, split)
         kept = slice(split, split + out_tokens)
         y = self.updates(self.single[-1], rows, pe, kept)
-        return add_gated(x[:, kept].contiguous(), then_gate, y)
+        return add_gated(x[:, kept].contiguous(), then_gate, y.whole())
 
     def _next(
         self, x: Tensor, update: Update | None, shift: Tensor, factor: Tensor, split: int
@@ -94,13 +116,18 @@ class BlockLoop(ABC):
         # All layers that read such rows are in eight bits, or none is.
         rows = FormedRows.made(self.single[0].qkv_mlp, x, width)
         total = x if update is None else torch.empty_like(x)
-        parts, gate = update or Update((x,), shift)
+        parts, gate = update or Update((Addend(x),), shift)
+        first, second = parts[0], parts[-1]
+        is_scaled = first.scales is not None
+        assert is_scaled == (second.scales is not None), "both parts are of one kind"
         launch(
             _add_and_modulate,
             (x.numel() // width,),
             x,
-            parts[0],
-            parts[-1],
+            first.values,
+            second.values,
+            *(first.scales or (gate, gate)),
+            *(second.scales or (gate, gate)),
             gate,
             shift,
             factor,
@@ -117,6 +144,7 @@ class BlockLoop(ABC):
             *rows.rounding,
             update is not None,
             len(parts) == 2,
+            is_scaled,
             triton.next_power_of_2(width),
             num_warps=4,
         )
@@ -124,10 +152,25 @@ class BlockLoop(ABC):
 
 
 @triton.jit
+def _part_of(values, rows, columns, row, width, at, inside, is_there, SCALED: tl.constexpr):
+    """A row of one stream's part, if it is one of that stream's; else zeros."""
+    mask = inside & is_there
+    found = tl.load(values + row * width + at, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        found *= tl.load(columns + at, mask=mask, other=0.0)
+        found *= tl.load(rows + row, mask=is_there, other=0.0)
+    return found
+
+
+@triton.jit
 def _add_and_modulate(
     x,
     first,
     second,
+    rows_of_first,
+    columns_of_first,
+    rows_of_second,
+    columns_of_second,
     gate,
     shift,
     factor,
@@ -145,6 +188,7 @@ def _add_and_modulate(
     ROUND: tl.constexpr,
     ADD: tl.constexpr,
     TWO: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row with what is added to it, from that of its stream, and its norm."""
@@ -158,11 +202,22 @@ def _add_and_modulate(
         own = row
         if TWO:
             own = tl.where(stream == 0, item * split + line, item * (tokens - split) + line - split)
-        of_first = inside & (stream == 0) if TWO else inside
-        added = tl.load(first + own * width + at, mask=of_first, other=0.0).to(tl.float32)
+        is_first = (stream == 0) if TWO else row >= 0
+        added = _part_of(
+            first, rows_of_first, columns_of_first, own, width, at, inside, is_first, SCALED
+        )
         if TWO:
-            of_second = inside & (stream == 1)
-            added += tl.load(second + own * width + at, mask=of_second, other=0.0).to(tl.float32)
+            added += _part_of(
+                second,
+                rows_of_second,
+                columns_of_second,
+                own,
+                width,
+                at,
+                inside,
+                stream == 1,
+                SCALED,
+            )
         weight = tl.load(gate + stream * gate_step + at, mask=inside, other=0.0)
         added = added * weight.to(tl.float32) + values
         # Normed as it is written, so that it is the same as in two kernels.

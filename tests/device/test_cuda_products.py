@@ -66,13 +66,15 @@ def test_the_same_latents_are_the_same_picture(checkpoint: Path) -> None:
         assert float((found - expected).norm() / expected.norm()) < 0.03, (width, height)
 
 
-def test_fp8_draws_the_same_with_fewer_passes(checkpoint: Path) -> None:
+def test_fp8_draws_nearly_the_same_with_fewer_passes(checkpoint: Path) -> None:
     pipe = loaded(checkpoint, precision="fp8", cuda_graphs=0)
     assert isinstance(pipe.transformer.fused_blocks, NarrowBlocks)
     found = [latents(pipe, *size) for size in SIZES]
     pipe.transformer.fused_blocks = None
     for size, fused in zip(SIZES, found, strict=True):
-        assert torch.equal(latents(pipe, *size), fused), size
+        plain = latents(pipe, *size)
+        # Products are rounded before their scales instead of behind them.
+        assert 0 < float((fused - plain).norm() / plain.norm()) < 0.03, size
 
 
 def test_pictures_drawn_side_by_side_stay_the_same(checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ from fluxcore.residues import filtered, strip_height
 from fluxcore.runtime import choose_runtime
 from fluxcore.runtime.attention import SCORED_ROWS, cudnn_attention, wide_attention
 from fluxcore.runtime.graphs import CudaRecorder, Graphs
-from fluxcore.runtime.quantised import FP8, plain_product
+from fluxcore.runtime.quantised import FP8, plain_product, plain_unscaled
 
 pytestmark = [
     pytest.mark.device,
@@ -239,6 +239,11 @@ def test_fp8_products_are_those_of_the_plain_form(rows: int, n: int, k: int) -> 
     product = FP8.product(*args, torch.bfloat16)
     assert _relative(product, plain_product(*args, torch.bfloat16)) < 5e-3
     assert _relative(product, x.double() @ weight.double().t()) < 0.06
+    assert FP8.unscaled is not None
+    unscaled = FP8.unscaled(x8, weight8)
+    assert unscaled.dtype == torch.bfloat16
+    assert _relative(unscaled, plain_unscaled(x8, weight8)) < 5e-3
+    assert _relative(unscaled * x_scale * weight_scale.t(), product) < 5e-3
 
 
 def test_the_gpu_s_own_attention_is_right() -> None:

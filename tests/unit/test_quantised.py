@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fluxcore.runtime.quantised import (
     EightBitLinear,
     EightBits,
     check_precision,
+    give_no_workspace,
     quantise,
 )
 
@@ -43,6 +45,27 @@ def test_rows_are_scaled_to_the_format_s_range(format: EightBits, magnitude: flo
     for row in range(40):
         # measured: fp8 0.026, half of the 1/8 between neighbours, spread evenly; int8 0.007
         assert relative(rounded[row].float() * scale[row], x[row]) < 0.04
+
+
+def test_a_product_without_scales_is_that_with_scales_of_one() -> None:
+    torch.manual_seed(0)
+    (x, _), (weight, _) = (PLAIN_FP8.round_rows(torch.randn(8, 32)) for _ in "ab")
+    one = torch.ones(1, 1)
+    assert PLAIN_FP8.unscaled is not None
+    expected = PLAIN_FP8.product(x, one, weight, one, torch.bfloat16)
+    assert torch.equal(PLAIN_FP8.unscaled(x, weight), expected)
+
+
+def test_memory_of_the_library_s_own_is_left_to_who_set_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "CUBLASLT_WORKSPACE_SIZE"
+    monkeypatch.setenv(name, "4096")
+    give_no_workspace()
+    assert os.environ[name] == "4096"
+    monkeypatch.delenv(name)
+    give_no_workspace()
+    assert os.environ[name] == "0"
 
 
 @PLAIN
