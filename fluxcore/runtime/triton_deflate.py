@@ -60,7 +60,7 @@ def deflate_lines(lines: Tensor, strip_rows: int) -> tuple[Tensor, Tensor]:
     launch(_measure, grid, lines, codes, sizes, of_strip, total, PART, SYMBOLS, num_warps=8)
     ends = sizes.flatten().cumsum(0)  # [parts of all strips] int64
     told[0] = ends[-1]
-    # One word more, where the last code may reach.
+    # One word more, where a code that begins in the last one may reach; what does so is too long.
     words = (total + max(LEAST_SPARE, total // 32)) * 8 // WORD_BITS
     stream = torch.zeros(words + 1, dtype=torch.int32, device=lines.device)
     launch(
@@ -78,7 +78,7 @@ def deflate_lines(lines: Tensor, strip_rows: int) -> tuple[Tensor, Tensor]:
         SYMBOLS,
         num_warps=8,
     )
-    return stream.view(torch.uint8), told
+    return stream[:words].view(torch.uint8), told
 
 
 @triton.jit

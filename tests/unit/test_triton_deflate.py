@@ -96,6 +96,23 @@ def test_what_does_not_fit_is_told_and_writes_nowhere(monkeypatch: pytest.Monkey
     assert bits > 8 * len(stream), "all values are equally frequent, and their codes come on top"
 
 
+@pytest.mark.parametrize("missing", [0, 1, 32, 33])
+def test_all_is_there_where_it_is_told_to_fit(
+    monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    lines = RANDOM.integers(0, 256, (8, 64)).astype(np.uint8)
+    _, (bits, _, _) = compressed(lines, 8)
+    words = -(-(bits - missing) // 32)
+    monkeypatch.setattr(triton_deflate, "LEAST_SPARE", 4 * words - lines.size)
+    stream, (again, _, _) = compressed(lines, 8)
+    assert again == bits and len(stream) == 4 * words
+    fits = bits <= 8 * len(stream)
+    assert fits or missing
+    if fits:
+        raw = stream[: -(-bits // 8)]
+        assert zlib.decompress(raw, -zlib.MAX_WBITS) == lines.tobytes()
+
+
 def test_rows_may_lie_apart() -> None:
     whole = torch.from_numpy(bell(32, 90, 5)).to(DEVICE)
     part = whole[::2, :60]
