@@ -8,9 +8,12 @@ import socket
 import threading
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from app.api.security.connection import BoundedProtocol
 from app.telemetry import configure_logging
 from tests.service.conftest import PATIENCE_S, Live, StartLive, wait_until
 
@@ -155,6 +158,27 @@ def test_a_client_that_does_not_read_its_answer_is_dropped(start_live: StartLive
         connection.close()
         sender.join(PATIENCE_S)
     assert live.generate("next").status_code == 200
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_body_behind_a_head_that_waits_is_not_taken_for_one_that_nobody_reads(
+    is_read: bool,
+) -> None:
+    waiting = [300]
+    told: list[str] = []
+    protocol: Any = object.__new__(BoundedProtocol)
+    protocol.client_timeout_s = TIMEOUT_S
+    protocol.loop = SimpleNamespace(call_later=lambda *_: told.append("watched"))
+    protocol.transport = SimpleNamespace(
+        get_write_buffer_size=lambda: waiting[0], abort=lambda: told.append("given up")
+    )
+    protocol._watch_reading()
+    waiting[0] += 3_000_000
+    protocol._check_reading()
+    assert told == ["watched", "watched"]
+    waiting[0] -= 100_000 * is_read
+    protocol._check_reading()
+    assert told[2:] == ["watched" if is_read else "given up"]
 
 
 def _send_all(connection: socket.socket, data: bytes) -> None:

@@ -143,8 +143,9 @@ class BoundedProtocol(H11Protocol):
         self._stalled = self.loop.call_later(self.client_timeout_s, self._check_reading)
 
     def _check_reading(self) -> None:
-        # Nothing was added meanwhile: whoever writes waits until all has been read.
-        if self.transport.get_write_buffer_size() < self._unread_bytes:
+        # Whoever writes waits until all has been read. Only a large body may have been added,
+        # behind a head that the system did not take at once: its client has the time once more.
+        if self.transport.get_write_buffer_size() != self._unread_bytes:
             self._watch_reading()
         else:
             logger.debug("a client did not read its answer in time")
