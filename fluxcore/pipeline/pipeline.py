@@ -46,7 +46,7 @@ from fluxcore.pipeline.residency import settle_residency
 from fluxcore.pipeline.resolve import resolve
 from fluxcore.pipeline.result import GenerationResult, ModelInfo, PreparedJob
 from fluxcore.pipeline.run import Run, begin_together
-from fluxcore.pipeline.tables import Modulations, RopeTables
+from fluxcore.pipeline.tables import KEPT_STEPS, Modulations, RopeTables
 from fluxcore.runtime import (
     Compile,
     KernelChoice,
@@ -106,7 +106,10 @@ class FluxPipeline:
             self.config.transformer, runtime.device, runtime.dtypes.angles
         )
         self.modulations = Modulations(
-            self.transformer.modulation, lambda levels: runtime.placed(levels, torch.float32)
+            self.transformer.modulation,
+            lambda levels: runtime.placed(levels, torch.float32),
+            # Where their weights are streamed, they are read ahead for each picture.
+            0 if runtime.residency == "low" else KEPT_STEPS,
         )
         # The networks as this device runs them. Layers whose weights come and go run as they are.
         self._embeddings_of: Callable[..., Tensor] = self.text_encoder

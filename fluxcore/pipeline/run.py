@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fluxcore.drawn import DrawnPicture
     from fluxcore.pipeline.pipeline import FluxPipeline
 
+QUICK_CHARS = 4096
+"""A longer prompt is not read while somebody waits for another job's picture: 1 ms for so many."""
 ATTEMPTS = 2
 """Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
 
@@ -134,13 +136,20 @@ class Run(Iterator[Progress]):
     def close(self) -> None:
         """Abandon the job."""
         self._slices.close()
-        self._forget_pictures()
-        self._text = self._encoded = self._decoding = None
+        self._pictures.clear()
+        self.begun.clear()
+        self._next = self._like = self._text = self._encoded = self._decoding = None
         self._meanwhile = lambda: None
 
     def begin(self) -> None:
-        """Queue the prompt behind another job's work, before the first slice; wait for nothing."""
-        self._begun_text(is_behind_another=True)
+        """Queue the prompt behind another job's work, before the first slice; wait for nothing.
+
+        No more than that, and not a long one: the other job is answered that much later.
+        """
+        params = self._job.params
+        if len(params.prompt) + len(params.negative_prompt or "") <= QUICK_CHARS:
+            with self.times.stage("text", waits=False):
+                self._begun_text()
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Have something done when all of the job is queued, before the last of it is waited for.
@@ -194,8 +203,12 @@ class Run(Iterator[Progress]):
         pipe, job, times = self.pipe, self._job, self.times
         resolved = job.params
         pipe.runtime.reset_peak()
-        positive, negative, wait, _ = self._begun_text()
         with times.stage("text", waits=False):
+            positive, negative, wait, _ = self._begun_text()
+            # Before control is handed back: the first step may be taken together with another's.
+            self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
+            if not positive.cache_hit and not job.request.references:
+                self._begin_behind_the_text()
             wait()
         self._warn_of_cuts(positive, negative)
         yield self._progress("text")
@@ -296,28 +309,13 @@ class Run(Iterator[Progress]):
     def _progress(self, stage: Stage) -> Progress:
         return Progress(stage, 0, 0, self._job.params.steps)
 
-    def _begun_text(self, *, is_behind_another: bool = False) -> BegunText:
+    def _begun_text(self) -> BegunText:
         """The prompts, queued if they are not. Not those of before a fault that came to light."""
-        pipe, job = self.pipe, self._job
-        if self._text is not None and self._text.faults == pipe.faults:
-            return self._text
-        self._forget_pictures()
-        with self.times.stage("text", waits=False):
-            positive, negative = pipe.encode_text(job)
-            text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
-            # Before control is handed back: the first step may be taken together with another's.
-            self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
-            is_device_busy = is_behind_another or not positive.cache_hit
-            if is_device_busy and not job.request.references:
-                self._begin_behind_the_text()
-        self._text = text
-        return text
-
-    def _forget_pictures(self) -> None:
-        """Drop what is in the making."""
-        self._pictures.clear()
-        self.begun.clear()
-        self._next = self._like = None
+        pipe = self.pipe
+        if self._text is None or self._text.faults != pipe.faults:
+            positive, negative = pipe.encode_text(self._job)
+            self._text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
+        return self._text
 
     def _begin_behind_the_text(self) -> None:
         """Queue the first steps, or what they need, while the device is at the prompt.

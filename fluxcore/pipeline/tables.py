@@ -22,22 +22,32 @@ Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
 
 
-class Tables(Generic[Key, Made]):
-    """Bounded: the least recently used of ``limit`` tables goes first."""
+KEPT_STEPS = 64
+"""Of all schedules: a 4B's take 0.1 MB each."""
 
-    def __init__(self, make: Callable[[Key], Made], limit: int = 16) -> None:
+
+class Tables(Generic[Key, Made]):
+    """Bounded: the least recently used goes first.
+
+    Args:
+        limit: what all that are kept may come to, by ``size``.
+    """
+
+    def __init__(
+        self, make: Callable[[Key], Made], limit: int, size: Callable[[Made], int] = lambda _: 1
+    ) -> None:
         self._make = make
         self._limit = limit
+        self._size = size
         self._kept: OrderedDict[Key, Made] = OrderedDict()
 
     def of(self, key: Key) -> Made:
         """The same object for as long as it is kept."""
-        if key not in self._kept:
-            self._kept[key] = self._make(key)
-            if len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        found = self._kept.pop(key, None)
+        made = self._kept[key] = self._make(key) if found is None else found
+        while sum(map(self._size, self._kept.values())) > self._limit:
+            self._kept.popitem(last=False)
+        return made
 
     def clear(self) -> None:
         """Forget all tables; they are made again when needed."""
@@ -71,17 +81,19 @@ class Modulations(Tables[tuple[float, ...], list[Modulation]]):
     Args:
         modulation: of the transformer.
         placed: float32 numbers of the host on the device.
+        limit: steps, of all schedules that are kept.
     """
 
     def __init__(
         self,
         modulation: Callable[[Tensor], list[Modulation]],
         placed: Callable[[Tensor], Tensor],
-        limit: int = 16,
+        limit: int = KEPT_STEPS,
     ) -> None:
-        super().__init__(
-            lambda levels: modulation(placed(torch.tensor(levels, dtype=torch.float32))), limit
-        )
+        def make(levels: tuple[float, ...]) -> list[Modulation]:
+            return modulation(placed(torch.tensor(levels, dtype=torch.float32)))
+
+        super().__init__(make, limit, size=len)
 
     def get(self, sigmas: Sequence[float], start_step: int) -> list[Modulation]:
         """One of each step from ``start_step`` on; the last noise level is no step's."""

@@ -4,7 +4,8 @@ Owns a DEFLATE stream of literals alone, one dynamic block for each strip of row
 photograph leaves behind its filter has no repetitions, so that all there is to win lies in the
 codes; for pictures with large even areas ``app.engine.png`` does better. Code lengths are not
 Huffman's, whose tree is made one node after the other: logarithms are rounded as far down as there
-is room for, and what room is left goes where it fits, which costs less than 1 % of the file.
+is room for, and what room is left goes where it fits. For residues of photographs that costs less
+than 1 % of the file, for very smooth pictures 2 %, and for counts that are made for it more.
 
 Source: RFC 1951, 3.2.7 (dynamic codes) and 3.2.2 (codes from their lengths); RFC 1950, 9.
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import OutOfMemoryError
 from fluxcore.pipeline import ConditioningCache, GenerationResult
-from fluxcore.pipeline.run import Run
+from fluxcore.pipeline.run import QUICK_CHARS, Run
 from fluxcore.runtime import Runtime
 from tests.unit.running_ahead import told_ahead
 from tests.unit.test_pipeline import LONG, finish, painting, params, pixels
@@ -118,23 +118,36 @@ def test_the_next_prompt_is_queued_before_the_last_picture_is_waited_for(
     ending, ahead = pipe.run(params("a red fox")), pipe.run(params("a blue star"))
     ending.meanwhile(ahead.begin)
     result = finished(ending)
-    assert told[-5:] == ["decoding", "text", "prepared", "waited for 3", "waited for a picture"]
+    assert told[-4:] == ["decoding", "text", "waited for 3", "waited for a picture"]
     told.clear()
     ahead.begin()
     assert not told, "it is begun twice"
     next(ahead)
-    assert told == ["waited for 4"]
+    assert told == ["prepared", "waited for 4"], "noise while the device is at the text"
     finished(ahead)
-    assert "text" not in told and "prepared" not in told
+    assert "text" not in told and told.count("prepared") == 1
     assert list(result.timings) == ["text", "denoise", "decode", "total"]
 
 
-def test_a_known_prompt_s_noise_is_prepared_as_well(pipe: FluxPipeline, told: list[str]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        params("a red fox", seed=8),
+        params("a" * (QUICK_CHARS + 1)),
+        params("a star", negative_prompt="a" * QUICK_CHARS),
+    ],
+    ids=["known", "long", "long together"],
+)
+def test_what_would_delay_the_other_s_answer_waits_for_its_turn(
+    pipe: FluxPipeline, told: list[str], asked: GenerationParams
+) -> None:
     ending = to_its_end(pipe.run(params("a red fox")))
     told.clear()
-    pipe.run(params("a red fox", seed=8)).begin()
-    assert told == ["prepared"]
+    ahead = pipe.run(asked)
+    ahead.begin()
+    assert not told
     finished(ending)
+    finished(ahead)
 
 
 def test_other_work_is_done_once_all_of_the_job_is_queued(pipe: FluxPipeline) -> None:
@@ -239,7 +252,7 @@ def test_one_that_does_not_fit_can_be_given_up_and_begun_later(pipe: FluxPipelin
 def test_one_that_is_given_up_holds_nothing(pipe: FluxPipeline) -> None:
     ahead = pipe.run(params())
     ahead.begin()
-    assert ahead._next is not None
+    assert ahead._text is not None
     ahead.close()
     assert [ahead._next, ahead._text, ahead._encoded] == [None] * 3
     with pytest.raises(StopIteration):

@@ -9,10 +9,12 @@ from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fluxcore.config import TransformerConfig
+from fluxcore.models import Modulation
 from fluxcore.pipeline.latents import Grid, draw_noise, pack, position_ids, unpack
-from fluxcore.pipeline.tables import RopeTables
+from fluxcore.pipeline.tables import Modulations, RopeTables
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(
@@ -121,6 +123,31 @@ def test_a_table_is_made_once_per_size_and_references() -> None:
     assert kept.get((4, 4), [(4, 4)]) is not first
     assert kept.get((4, 5), []) is not first
     assert len(kept) == 3
+
+
+def test_modulations_are_made_once_per_schedule() -> None:
+    made: list[Tensor] = []
+
+    def modulation(levels: Tensor) -> list[Modulation]:
+        made.append(levels)
+        return [Modulation(*level.expand(4)) for level in levels]
+
+    kept = Modulations(modulation, lambda levels: levels, limit=5)
+    first = kept.get((1.0, 0.75, 0.5, 0.0), 0)
+    assert [float(step.img) for step in first] == [1.0, 0.75, 0.5]
+    assert made[0].dtype == torch.float32
+    assert kept.get([1.0, 0.75, 0.5, 0.0], 0) is first
+    later = kept.get((1.0, 0.75, 0.5, 0.0), 1)
+    assert [float(step.img) for step in later] == [0.75, 0.5]
+    assert (len(made), len(kept)) == (2, 2)
+    # Of another last level only the name is another.
+    assert kept.get((0.75, 0.5, 0.25), 0) is later
+    kept.get((0.5, 0.0), 0)
+    assert len(kept) == 2, "6 steps are more than there is room for"
+    assert kept.get((1.0, 0.75, 0.5, 0.0), 0) is not first
+    long = tuple(step / 8 for step in range(8, -1, -1))
+    assert kept.get(long, 0) is not kept.get(long, 0), "too long to be kept"
+    assert len(kept) == 0
 
 
 def test_tables_are_bounded_and_the_least_recently_used_goes_first() -> None:

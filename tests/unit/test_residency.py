@@ -245,6 +245,7 @@ def test_what_comes_and_goes_is_on_the_device_in_its_turn_only(tiny_checkpoint: 
         layer.register_forward_hook(count)
     pipe.generate(requests(False)[0])
     assert seen
+    assert len(pipe.modulations) == 0, "they are read ahead for each picture, and made"
     assert max(map(sum, seen)) <= 1, "the hook runs after the layer has given its weights back"
     assert all(p.is_meta for layer in layers for p in layer.parameters())
     assert not any(p.is_meta for p in pipe.vae.parameters())

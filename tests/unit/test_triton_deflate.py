@@ -79,14 +79,14 @@ def test_zlib_reads_them(name: str, strip_rows: int) -> None:
     assert adler_of(lines.size, total, weighted) == zlib.adler32(lines.tobytes())
 
 
-@pytest.mark.parametrize("spread", [1.5, 6, 60])
-def test_they_take_hardly_more_than_huffman_s_codes(spread: float) -> None:
+@pytest.mark.parametrize(("spread", "more"), [(1.7, 0.025), (1.5, 0.01), (6, 0.01), (60, 0.01)])
+def test_they_take_hardly_more_than_huffman_s_codes(spread: float, more: float) -> None:
     lines = bell(64, 500, spread)
     _, (bits, _, _) = compressed(lines, len(lines))
     reference = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     least = len(reference.compress(lines.tobytes()) + reference.flush())
     # Beside 140 bytes that tell the codes, where zlib needs fewer.
-    assert bits / 8 < 1.01 * least + 140
+    assert bits / 8 < (1 + more) * least + 140
 
 
 def test_what_does_not_fit_is_told_and_writes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
