@@ -141,15 +141,23 @@ class Run(Iterator[Progress]):
         self._next = self._like = self._text = self._encoded = self._decoding = None
         self._meanwhile = lambda: None
 
-    def begin(self) -> None:
+    def begin(self, *, with_noise: bool) -> None:
         """Queue the prompt behind another job's work, before the first slice; wait for nothing.
 
-        No more than that, and not a long one: the other job is answered that much later.
+        Not a long one: the other job is answered that much later.
+
+        Args:
+            with_noise: draw the first picture's noise, too. It takes the host as long as the text
+                takes a GPU, so that the GPU would come to wait for it later.
         """
-        params = self._job.params
-        if len(params.prompt) + len(params.negative_prompt or "") <= QUICK_CHARS:
-            with self.times.stage("text", waits=False):
-                self._begun_text()
+        params, needs_noise = self._job.params, with_noise and not self._job.request.references
+        if len(params.prompt) + len(params.negative_prompt or "") > QUICK_CHARS:
+            return
+        with self.times.stage("text", waits=False):
+            text = self._begun_text()
+            if needs_noise and self._next is None:
+                self._encoded = EncodedJob(text.positive, text.negative, NO_REFERENCES)
+                self._prepare_ahead(0)
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Have something done when all of the job is queued, before the last of it is waited for.
@@ -207,7 +215,8 @@ class Run(Iterator[Progress]):
             positive, negative, wait, _ = self._begun_text()
             # Before control is handed back: the first step may be taken together with another's.
             self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
-            if not positive.cache_hit and not job.request.references:
+            is_device_busy = not positive.cache_hit
+            if is_device_busy and self._next is None and not job.request.references:
                 self._begin_behind_the_text()
             wait()
         self._warn_of_cuts(positive, negative)
@@ -313,6 +322,7 @@ class Run(Iterator[Progress]):
         """The prompts, queued if they are not. Not those of before a fault that came to light."""
         pipe = self.pipe
         if self._text is None or self._text.faults != pipe.faults:
+            self._next = None
             positive, negative = pipe.encode_text(self._job)
             self._text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
         return self._text

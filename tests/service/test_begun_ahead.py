@@ -50,8 +50,8 @@ class AheadRun:
         assert self._pipeline.begins_ahead, "asked where no job begins ahead"
         self._meanwhile = work
 
-    def begin(self) -> None:
-        self._pipeline.told.append(f"begin {self._prompt}")
+    def begin(self, *, with_noise: bool) -> None:
+        self._pipeline.told.append(f"begin {self._prompt}" + " without noise" * (not with_noise))
         trouble = self._pipeline.trouble.get(f"begin {self._prompt}")
         if trouble is not None:
             raise trouble
@@ -142,13 +142,13 @@ class Held:
         assert self.engine.status().is_alive
 
 
-def submit(engine: Engine, prompt: str, options: JobOptions | None = None) -> Job:
-    params = GenerationParams(prompt=prompt, steps=2, width=64, height=64)
+def submit(engine: Engine, prompt: str, options: JobOptions | None = None, width: int = 64) -> Job:
+    params = GenerationParams(prompt=prompt, steps=2, width=width, height=64)
     return engine.submit(params, Packing(), prompt, options or JobOptions())
 
 
 def submit_held(
-    live: Live, *prompts: str, two: JobOptions | None = None
+    live: Live, *prompts: str, two: JobOptions | None = None, width: int = 64
 ) -> tuple[AheadPipeline, list[Job]]:
     pipeline = live.pipeline
     assert isinstance(pipeline, AheadPipeline)
@@ -156,7 +156,7 @@ def submit_held(
     pipeline.close_gate()
     jobs = [submit(live.engine, "one")]
     assert pipeline.started.wait(PATIENCE_S)
-    jobs += [submit(live.engine, prompt, two) for prompt in prompts]
+    jobs += [submit(live.engine, prompt, two, width) for prompt in prompts]
     pipeline.gate.set()
     assert pipeline.at_end.wait(PATIENCE_S)
     return pipeline, jobs
@@ -195,6 +195,17 @@ def test_the_next_job_is_begun_before_the_last_picture_is_waited_for(hold: Hold)
     assert held.told == ["begin two", "wait for one", "wait for two"]
     assert held.pipeline.ran == ["one", "two"], "one run each"
     assert sum(isinstance(event, Started) for event in seen) == 1
+
+
+@pytest.mark.parametrize(("width", "noise"), [(64, ""), (80, " without noise")])
+def test_a_larger_picture_s_noise_is_not_drawn_while_somebody_waits(
+    start_live: StartLive, width: int, noise: str
+) -> None:
+    live = start_live(AheadPipeline())
+    pipeline, jobs = submit_held(live, "two", width=width)
+    assert pipeline.told == [f"begin two{noise}", "wait for one"]
+    pipeline.holding.set()
+    assert all(drawn(job) for job in jobs)
 
 
 def test_one_job_is_begun_at_a_time(start_live: StartLive) -> None:
@@ -342,7 +353,7 @@ def test_its_first_slice_is_charged_with_what_beginning_took(
     monkeypatch.setattr(flight, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     ledger = Ledger()
     ahead = Flight(make("two"), AheadPipeline(), ledger, Metrics())  # type: ignore[arg-type]
-    ahead.begin()
+    ahead.begin(with_noise=True)
     ahead.advance()
     ahead.advance()
     # A second passes from the beginning to the end of a slice, and of beginning.
@@ -417,9 +428,9 @@ def test_pictures_of_jobs_begun_ahead_are_the_same(
         assert go_on.wait(PATIENCE_S)
         return encode_text(pipe, job)
 
-    def noted(run: Run) -> None:
+    def noted(run: Run, **given: bool) -> None:
         begun.append(1)
-        begin(run)
+        begin(run, **given)
 
     monkeypatch.setattr(Runtime, "runs_ahead", True)
     monkeypatch.setattr(Run, "begin", noted)
