@@ -110,7 +110,8 @@ def measure_size(
         "text": [(work["text"], prompts)],
         "denoise": [
             (work["text tokens"], prompts),
-            (work["schedule"], 1),
+            # The pictures counted find that of the first, where it is kept.
+            (work["schedule"], 0 if len(pipe.modulations) else 1),
             (work["step"], steps * prompts),
         ],
         "vae": [(work["vae"], 1)],

@@ -88,6 +88,7 @@ def test_all_stages_are_counted_as_pytorch_counts_them(
         for step in pipe.denoise(job):
             latents = step.latents
 
+    pipe.modulations.clear()
     once = operations(work["text tokens"]) + operations(work["schedule"])
     assert once + steps * operations(work["step"]) == seen(draw)
     assert operations(work["vae"]) == seen(lambda: pipe.decode(latents, width, height))
