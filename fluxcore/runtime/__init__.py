@@ -5,8 +5,9 @@ eight bits and in AMX's tiles, the streaming of layers, memory figures, out-of-m
 and stage timing. Knows nothing of prompts or pictures.
 """
 
+from fluxcore.runtime.choosing import KernelChoice, choose_runtime
 from fluxcore.runtime.compiling import Compile, keep_compiled
-from fluxcore.runtime.device import KernelChoice, Runtime, choose_runtime
+from fluxcore.runtime.device import Runtime
 from fluxcore.runtime.dtypes import DtypePolicy
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes, translated_errors
 from fluxcore.runtime.quantised import Precision

@@ -1,50 +1,38 @@
-"""Choosing a device, and everything that is done differently on it."""
+"""A device, and everything that is done differently on it."""
 
 from __future__ import annotations
 
 import gc
-import logging
-import os
 import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fluxcore.errors import DeviceUnavailableError
 from fluxcore.host_memory import give_back_freed_memory
 from fluxcore.kernels import Attention, Kernels, plain_attention
-from fluxcore.runtime.amx_products import AmxProducts, amx_products, fits, pack_layer
+from fluxcore.runtime.amx_products import AmxProducts, fits, pack_layer
 from fluxcore.runtime.attention import (
     chunked_attention,
     contiguous_attention,
     cudnn_attention,
     wide_attention,
 )
-from fluxcore.runtime.compiling import Compile, compile_block, compiles, missing_for_triton
-from fluxcore.runtime.dtypes import DtypePolicy, choose_dtypes, dtype_name
-from fluxcore.runtime.graphs import CudaRecorder, Graphs
+from fluxcore.runtime.compiling import compile_block, missing_for_triton
+from fluxcore.runtime.dtypes import DtypePolicy, dtype_name
+from fluxcore.runtime.graphs import Graphs
 from fluxcore.runtime.memory import host_available_bytes, host_peak_bytes
 from fluxcore.runtime.quantised import (
     FORMATS,
     EightBits,
     Precision,
-    check_precision,
-    give_no_workspace,
     quantise_layer,
 )
 from fluxcore.runtime.residency import Residency
 
-KernelChoice = Literal["auto", "plain", "fused"]
-
-logger = logging.getLogger(__name__)
-
-KINDS = ("mps", "cuda", "cpu")
 HOPPER = (9, 0)
 # As CUDA promises: so much it copies out of any memory before a call returns.
 STAGED_BYTES = 64 * 2**10
@@ -365,98 +353,6 @@ class Runtime:
             "system": _system(),
             "threads": str(torch.get_num_threads()),
         }
-
-
-def choose_runtime(
-    device: str = "auto",
-    dtype: str = "auto",
-    *,
-    precision: Precision = "bf16",
-    kernels: KernelChoice = "auto",
-    compile_networks: Compile = "off",
-    cuda_graphs: int = 0,
-) -> Runtime:
-    """Pick a device, its dtypes, and how networks run on it.
-
-    Args:
-        device: ``auto`` (the first there is of mps, cuda, cpu), ``mps``, ``cuda``,
-            ``cuda:N`` or ``cpu``.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        precision: ``bf16``, which multiplies in dtype, ``fp8`` or ``int8``.
-        kernels: ``plain``, or ``fused``, which is what ``auto`` takes: fluxd's own where there
-            are some, on CUDA and on CPUs with AMX.
-        compile_networks: ``auto``, ``on`` or ``off``.
-        cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
-
-    Raises:
-        DeviceUnavailableError: it is not there, not in that dtype or precision, or cannot
-            compile.
-    """
-    if device == "auto":
-        device = next(kind for kind in KINDS if _available(kind))
-    if not re.fullmatch(r"mps|cpu|cuda(:[0-9]{1,3})?", device):
-        raise DeviceUnavailableError(
-            f"device must be auto, mps, cuda, cuda:N or cpu; got {device!r}"
-        )
-    kind, _, index = device.partition(":")
-    if not _available(kind):
-        raise DeviceUnavailableError(
-            f"device {kind} is not available to this PyTorch ({torch.__version__}); "
-            f"available: {', '.join(k for k in KINDS if _available(k))}"
-        )
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise DeviceUnavailableError(
-            f"device {device} does not exist; this machine has {torch.cuda.device_count()}"
-        )
-    chip = chip_name(kind, int(index or 0))
-    dtypes = choose_dtypes(kind, dtype, chip)
-    place = torch.device(device)
-    capability = torch.cuda.get_device_capability(place) if kind == "cuda" else None
-    check_precision(precision, kind, dtypes.weights, capability)
-    if precision == "fp8":
-        give_no_workspace()
-    fuses = kind == "cuda" and kernels != "plain"
-    missing = missing_for_triton() if fuses else None
-    if missing is not None:
-        logger.warning("pictures take longer than they could: %s", missing)
-    if precision == "int8" and compile_networks == "on":
-        raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
-    compiling = compiles(kind, compile_networks)
-    packs = kind == "cpu" and dtypes.weights == torch.bfloat16 and kernels != "plain"
-    return Runtime(
-        device=place,
-        kind=kind,
-        dtypes=dtypes,
-        chip=chip,
-        capability=capability,
-        precision=precision,
-        fuses=fuses,
-        amx=amx_products() if packs and not compiling else None,
-        compiles=compiling,
-        graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
-    )
-
-
-def _available(kind: str) -> bool:
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return kind == "cpu" or torch.cuda.is_available()
-
-
-def chip_name(kind: str, index: int) -> str:
-    """The GPU's or the processor's own name."""
-    if kind == "cuda":
-        return torch.cuda.get_device_name(index)
-    if sys.platform == "darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-        return found.stdout.strip() or platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _system() -> str:

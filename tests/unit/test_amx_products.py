@@ -240,13 +240,13 @@ def test_only_a_cpu_in_bfloat16_that_compiles_nothing_gets_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = object()
-    monkeypatch.setattr("fluxcore.runtime.device.amx_products", lambda: made)
+    monkeypatch.setattr("fluxcore.runtime.choosing.amx_products", lambda: made)
     assert choose_runtime("cpu", "bfloat16").amx is made
     assert choose_runtime("cpu", "bfloat16").describe()["kernels"] == "fused"
     assert choose_runtime("cpu", "bfloat16", kernels="fused").amx is made
     assert choose_runtime("cpu", "bfloat16", kernels="plain").amx is None
     assert choose_runtime("cpu", "float32").amx is None
-    monkeypatch.setattr("fluxcore.runtime.device.compiles", lambda kind, asked: True)
+    monkeypatch.setattr("fluxcore.runtime.choosing.compiles", lambda kind, asked: True)
     assert choose_runtime("cpu", "bfloat16", compile_networks="on").amx is None
 
 

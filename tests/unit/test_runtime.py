@@ -16,7 +16,14 @@ import torch
 
 from fluxcore.errors import DeviceError, DeviceUnavailableError, OutOfMemoryError
 from fluxcore.kernels import for_heads, plain_attention
-from fluxcore.runtime import StageTimes, attention, choose_runtime, host_peak_bytes, memory
+from fluxcore.runtime import (
+    StageTimes,
+    attention,
+    choose_runtime,
+    choosing,
+    host_peak_bytes,
+    memory,
+)
 from fluxcore.runtime import device as device_module
 from fluxcore.runtime.attention import (
     CHUNK_ROWS,
@@ -179,8 +186,13 @@ def test_mps_rules_go_with_the_kind_and_not_with_the_device() -> None:
     assert not mps.channels_last
 
 
+def triton_is(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    for module in (choosing, device_module):
+        monkeypatch.setattr(module, "missing_for_triton", lambda: missing)
+
+
 def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "missing_for_triton", lambda: "no Triton")
+    triton_is(monkeypatch, "no Triton")
     machine(cuda=1, capability=(9, 0))
     hopper = choose_runtime("cuda", kernels="fused").kernels()
     assert (hopper.attention, hopper.vae_attention) == (cudnn_attention, wide_attention)
@@ -200,7 +212,7 @@ def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.M
 def test_own_kernels_are_for_bfloat16_where_triton_is(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "missing_for_triton", lambda: None)
+    triton_is(monkeypatch, None)
     machine(cuda=1, capability=(8, 0))
     for kernels in ("auto", "fused"):
         assert choose_runtime("cuda", kernels=kernels).describe()["kernels"] == "fused"
@@ -222,7 +234,7 @@ def test_steps_are_queued_ahead_on_cuda_unless_layers_are_streamed() -> None:
     assert not Runtime(torch.device("cpu"), "cpu", FLOAT32, "x").runs_ahead
 
 
-@pytest.mark.parametrize("kind", device_module.KINDS)
+@pytest.mark.parametrize("kind", choosing.KINDS)
 def test_pictures_are_filtered_on_cuda_alone(kind: str) -> None:
     cpu = torch.device("cpu")
     assert Runtime(cpu, kind, FLOAT32, "x").filters_pictures == (kind == "cuda")
@@ -231,7 +243,7 @@ def test_pictures_are_filtered_on_cuda_alone(kind: str) -> None:
 def test_without_triton_pytorch_s_kernels_do_and_the_log_says_why(
     machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(device_module, "missing_for_triton", lambda: "install it")
+    triton_is(monkeypatch, "install it")
     machine(cuda=1, capability=(9, 0))
     runtime = choose_runtime("cuda")
     assert runtime.describe()["kernels"] == "attention"
