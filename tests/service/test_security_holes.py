@@ -30,7 +30,7 @@ FORBIDDEN_IMPORTS = frozenset(
 # with g++ as a model is loaded, and one, in fluxd's own terminal commands and never in the service,
 # asks tmux about the terminal around it.
 ASK_THE_SYSTEM = (
-    ROOT / "fluxcore" / "runtime" / "device.py",
+    ROOT / "fluxcore" / "runtime" / "choosing.py",
     ROOT / "fluxcore" / "runtime" / "amx_products.py",
     ROOT / "app" / "cli" / "terminal" / "tmux.py",
 )
