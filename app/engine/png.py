@@ -5,7 +5,7 @@ five filters on every row and then looks for repetitions that pictures do not ha
 takes the filter that leaves the smallest residues, and zlib-ng only looks for runs and gives
 frequent values short codes. That is a fraction of the work for smaller files, and strips can be
 made on any thread. A device that compresses by itself leaves only the file to be put together.
-What is in the file depends on the picture and on who compressed it, not on the time it took.
+What is in the file depends on the picture, and on whether a device compressed it.
 
 Source: PNG specification, third edition, 10 (compression); RFC 1950 and 1951, whose blocks may
 be made apart and joined at byte boundaries.

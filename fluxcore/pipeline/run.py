@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from fluxcore.pipeline.pipeline import FluxPipeline
 
 QUICK_CHARS = 4096
-"""A longer prompt is not read while somebody waits for another job's picture: 1 ms for so many."""
+"""A longer prompt is not read while somebody waits for another job's picture. So many took 2.5 ms
+on two cores of an AMD EPYC, 32,000 took 20."""
 ATTEMPTS = 2
 """Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
 

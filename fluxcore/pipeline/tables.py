@@ -1,7 +1,7 @@
 """What all pictures of one size, or of one schedule, have in common: made once, kept on the device.
 
 Owns how many of each are kept. Each picture would otherwise read the modulation weights, 4 % of the
-transformer's, and launch some fifty small kernels before its first step.
+transformer's, and launch 45 small kernels before its first step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fluxcore.pipeline.latents import Grid, position_ids
 
 Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
-
 
 KEPT_STEPS = 64
 """Of all schedules: a 4B's take 0.1 MB each."""

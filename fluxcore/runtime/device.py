@@ -34,7 +34,8 @@ from fluxcore.runtime.quantised import (
 from fluxcore.runtime.residency import Residency
 
 HOPPER = (9, 0)
-# As CUDA promises: so much it copies out of any memory before a call returns.
+# So much CUDA copies out of any memory before a call returns, and without waiting for the device.
+# Source: CUDA Runtime API, "API synchronization behavior".
 STAGED_BYTES = 64 * 2**10
 
 

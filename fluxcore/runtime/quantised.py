@@ -118,8 +118,9 @@ def give_no_workspace() -> None:
     """Leave cuBLASLt no memory but its operands', in this process.
 
     Where it has some, units take tiles as they become free, and the counter for that is cleared
-    before each product. That takes 4 us, and a product of 4608x27648x3072 is 6 % slower besides.
-    Has an effect before the first such product of a process, and where nobody set it otherwise.
+    before each large product. On an H200 that and the gaps around it take 4 us, and a product of
+    4608x27648x3072 takes 548 us with it and 518 without. Has an effect before the first such
+    product of a process, and where nobody set it otherwise.
     """
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
 

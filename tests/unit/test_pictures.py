@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import DeviceFaultError
 from fluxcore.fitting import LARGEST_REFERENCE_AREA, fitted_size
+from fluxcore.pipeline import pictures
 from fluxcore.pipeline.pictures import (
     fit_inpainted,
     fit_reference,
@@ -23,7 +27,10 @@ from fluxcore.pipeline.pictures import (
     to_pixels,
     to_token_mask,
 )
+from fluxcore.residues import SAMPLED, filtered, strip_height
+from fluxcore.runtime import Runtime
 
+ASKED = GenerationParams(prompt="a red fox", width=96, height=64, steps=2, seed=7, n=2)
 PROCESSOR = Flux2ImageProcessor(vae_scale_factor=16)
 
 
@@ -242,3 +249,55 @@ def test_a_nearly_constant_picture_is_one() -> None:
     pixels = torch.full((1, 3, 16, 16), 0.9)
     pixels[0, 0, 0, 0] = 0.89999
     assert len(set(shown(pixels).tobytes())) == 1
+
+
+@pytest.mark.parametrize("filters", [False, True], ids=["host", "device"])
+def test_a_device_that_filters_gives_the_lines_of_its_pictures(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, filters: bool
+) -> None:
+    monkeypatch.setattr(Runtime, "filters_pictures", filters)
+    pipe = FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")
+    for picture in pipe.generate(ASKED).pictures:
+        assert (picture.width, picture.height) == (96, 64)
+        rows = picture.pixels.reshape(64, -1)
+        expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape))))
+        if filters:
+            assert picture.lines is not None and np.array_equal(picture.lines, expected)
+        else:
+            assert picture.lines is None
+
+
+def deflated(lines: torch.Tensor, strip_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the kernels do it, but all in one block, whatever its codes are."""
+    assert strip_rows % SAMPLED == 0
+    data = lines.numpy().tobytes()
+    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    stream = torch.frombuffer(bytearray(packer.compress(data) + packer.flush()), dtype=torch.uint8)
+    values = lines.flatten().long()
+    weighted = values * torch.arange(len(data), 0, -1)
+    return stream, torch.stack((torch.tensor(8 * len(stream)), values.sum(), weighted.sum()))
+
+
+@pytest.mark.parametrize("least_bits", [0, 2, 9], ids=["any", "as it is", "none"])
+@pytest.mark.parametrize("spare", [-1, 0, 100])
+def test_what_a_device_compresses_is_taken_where_it_is_whole_and_worth_it(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, least_bits: int, spare: int
+) -> None:
+    def into_memory(lines: torch.Tensor, strip_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        stream, told = deflated(lines, strip_rows)
+        return torch.cat((stream, stream))[: len(stream) + spare], told
+
+    monkeypatch.setattr(Runtime, "filters_pictures", True)
+    monkeypatch.setattr(Runtime, "deflate", property(lambda _: into_memory))
+    monkeypatch.setattr(pictures, "LEAST_BITS", least_bits)
+    pipe = FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")
+    picture, _ = pipe.generate(ASKED).pictures
+    rows = picture.pixels.reshape(64, -1)
+    expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape)))).tobytes()
+    if spare < 0 or least_bits == 9:
+        assert picture.deflated is None
+        assert picture.lines is not None and picture.lines.tobytes() == expected
+    else:
+        assert picture.deflated is not None and picture.lines is None
+        assert zlib.decompress(picture.deflated.data.tobytes(), -zlib.MAX_WBITS) == expected
+        assert picture.deflated.adler == zlib.adler32(expected)

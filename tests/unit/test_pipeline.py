@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_SEED
-from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress, pictures
-from fluxcore.residues import SAMPLED, filtered, strip_height
-from fluxcore.runtime import Runtime
+from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress
 from tests.unit.running_ahead import told_ahead
 
 Encoded = list[int]
@@ -216,58 +213,6 @@ def test_images_are_made_for_those_who_ask(
         picture.pixels.tobytes() for picture in result.pictures
     ]
     assert made and all(a is b for a, b in zip(result.images, result.images, strict=True))
-
-
-@pytest.mark.parametrize("filters", [False, True], ids=["host", "device"])
-def test_a_device_that_filters_gives_the_lines_of_its_pictures(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, filters: bool
-) -> None:
-    monkeypatch.setattr(Runtime, "filters_pictures", filters)
-    pipe = FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")
-    for picture in pipe.generate(params(width=96, n=2)).pictures:
-        assert (picture.width, picture.height) == (96, 64)
-        rows = picture.pixels.reshape(64, -1)
-        expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape))))
-        if filters:
-            assert picture.lines is not None and np.array_equal(picture.lines, expected)
-        else:
-            assert picture.lines is None
-
-
-def deflated(lines: torch.Tensor, strip_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the kernels do it, but all in one block, whatever its codes are."""
-    assert strip_rows % SAMPLED == 0
-    data = lines.numpy().tobytes()
-    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
-    stream = torch.frombuffer(bytearray(packer.compress(data) + packer.flush()), dtype=torch.uint8)
-    values = lines.flatten().long()
-    weighted = values * torch.arange(len(data), 0, -1)
-    return stream, torch.stack((torch.tensor(8 * len(stream)), values.sum(), weighted.sum()))
-
-
-@pytest.mark.parametrize("least_bits", [0, 2, 9], ids=["any", "as it is", "none"])
-@pytest.mark.parametrize("spare", [-1, 0, 100])
-def test_what_a_device_compresses_is_taken_where_it_is_whole_and_worth_it(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, least_bits: int, spare: int
-) -> None:
-    def into_memory(lines: torch.Tensor, strip_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        stream, told = deflated(lines, strip_rows)
-        return torch.cat((stream, stream))[: len(stream) + spare], told
-
-    monkeypatch.setattr(Runtime, "filters_pictures", True)
-    monkeypatch.setattr(Runtime, "deflate", property(lambda _: into_memory))
-    monkeypatch.setattr(pictures, "LEAST_BITS", least_bits)
-    pipe = FluxPipeline.load(tiny_checkpoint, device="cpu", dtype="float32")
-    (picture,) = pipe.generate(params(width=96)).pictures
-    rows = picture.pixels.reshape(64, -1)
-    expected = np.concatenate(list(filtered(rows, strip_height(*rows.shape)))).tobytes()
-    if spare < 0 or least_bits == 9:
-        assert picture.deflated is None
-        assert picture.lines is not None and picture.lines.tobytes() == expected
-    else:
-        assert picture.deflated is not None and picture.lines is None
-        assert zlib.decompress(picture.deflated.data.tobytes(), -zlib.MAX_WBITS) == expected
-        assert picture.deflated.adler == zlib.adler32(expected)
 
 
 def test_the_last_step_s_preview_is_the_picture(pipe: FluxPipeline) -> None:
