@@ -19,7 +19,7 @@ from fluxcore.params import GenerationParams
 from fluxcore.pipeline.conditioning import Conditioning
 from fluxcore.pipeline.denoise import DenoiseStep, Denoising, Velocity, step_together
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob, EncodedReferences
-from fluxcore.pipeline.joint_steps import worthwhile
+from fluxcore.pipeline.joint_steps import COUNTS, worthwhile
 from fluxcore.pipeline.result import GenerationResult, Progress, Stage
 from fluxcore.runtime import StageTimes, translated_errors
 
@@ -217,7 +217,7 @@ class Run(Iterator[Progress]):
             # Before control is handed back: the first step may be taken together with another's.
             self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
             is_device_busy = not positive.cache_hit
-            if is_device_busy and self._next is None and not job.request.references:
+            if is_device_busy and not job.request.references:
                 self._begin_behind_the_text()
             wait()
         self._warn_of_cuts(positive, negative)
@@ -331,14 +331,15 @@ class Run(Iterator[Progress]):
     def _begin_behind_the_text(self) -> None:
         """Queue the first steps, or what they need, while the device is at the prompt.
 
-        Steps only where nothing else may come before them: other jobs', or a trial.
+        Steps only where no trial comes before them, and none of them could be taken as one with
+        another job's.
         """
         params = self._job.params
         is_simple = len(params.seeds) == 1 and params.guidance is None
-        if self.pipe.runtime.runs_ahead and self._alone and is_simple:
-            begin_ahead((self,), most=1)
-        else:
+        if self._next is None:
             self._prepare_ahead(0)
+        if self.pipe.runtime.runs_ahead and is_simple and (self._alone or self._goes_alone):
+            begin_ahead((self,), most=1)
 
     def _prepare_ahead(self, index: int) -> None:
         """Noise and the like of the next picture, while the device is busy with what comes before.
@@ -353,6 +354,14 @@ class Run(Iterator[Progress]):
     def _passes(self) -> int:
         """Calls of the transformer in each step of a picture."""
         return 1 if self._job.params.guidance is None else 2
+
+    @property
+    def _goes_alone(self) -> bool:
+        """Whether it is known that steps like its own are never joined."""
+        with torch.inference_mode(), translated_errors():
+            call, most = self._call(), max(COUNTS)
+            joint = self.pipe.joint
+            return not joint.is_untried(call, most) and joint.best(call, most) == 1
 
     def _call(self) -> Velocity:
         """A call as every step of this job makes them."""

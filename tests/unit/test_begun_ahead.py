@@ -124,7 +124,7 @@ def test_the_next_prompt_is_queued_before_the_last_picture_is_waited_for(
     ahead.begin(with_noise=True)
     assert not told, "it is begun twice"
     next(ahead)
-    assert told == ["waited for 4"]
+    assert told == ["begun", "waited for 4"]
     finished(ahead)
     assert "text" not in told and "prepared" not in told
     assert list(result.timings) == ["text", "denoise", "decode", "total"]

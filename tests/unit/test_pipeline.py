@@ -18,6 +18,7 @@ from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import InvalidParamsError
 from fluxcore.params import MAX_SEED
 from fluxcore.pipeline import ConditioningCache, DenoiseStep, GenerationResult, Progress
+from fluxcore.pipeline.joint_steps import JointSteps
 from tests.unit.running_ahead import told_ahead
 
 Encoded = list[int]
@@ -332,17 +333,32 @@ def test_a_gpu_has_the_next_work_before_the_last_is_waited_for(
     assert result.timings["denoise"] > 0
 
 
-def test_a_job_that_is_not_alone_begins_no_step_before_its_turn(
-    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "alone", "share", "is_begun"),
+    [
+        (params(), True, None, True),
+        (params(), False, 1.0, True),
+        (params(), False, None, False),
+        (params(), False, 0.5, False),
+        (params(n=2), True, 1.0, False),
+    ],
+    ids=["alone", "never joined", "not tried", "may be joined", "two pictures"],
+)
+def test_a_first_step_is_queued_behind_the_text_where_none_can_join_it(
+    pipe: FluxPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: GenerationParams,
+    alone: bool,
+    share: float | None,
+    is_begun: bool,
 ) -> None:
     told = told_ahead(pipe, monkeypatch)
-    for request, alone in ((params(), False), (params(n=2), True)):
-        pipe.conditioning_cache.clear()
-        work = pipe.run(request, alone=alone)
-        assert next(work).stage == "text"
-        assert "prepared" in told and "begun" not in told
-        work.close()
-        told.clear()
+    monkeypatch.setattr(JointSteps, "share", lambda *_: share)
+    work = pipe.run(asked, alone=alone)
+    assert next(work).stage == "text"
+    assert told.count("prepared") == 1
+    assert ("begun" in told) is is_begun
+    work.close()
 
 
 def test_a_gpu_is_at_work_while_the_next_picture_is_prepared(
