@@ -139,7 +139,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
-    settings = Settings(model=args.model, device=args.device, port=0, data_dir="off")
+    settings = Settings(
+        model=args.model,
+        device=args.device,
+        port=0,
+        data_dir="off",
+        warm_up_sizes=f"{args.size}x{args.size}",
+    )
     load = pipeline_loader(settings.model, settings)
     watched: list[Watched] = []
 

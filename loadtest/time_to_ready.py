@@ -4,8 +4,9 @@
         --set cuda_graphs=24
 
 Starts ``fluxd serve`` with these sizes to warm up, waits for it, and asks for pictures one
-after the other over one connection, each with a prompt that is new. What a start compiled
-lies in DIR and is found by the next one. The last line is JSON.
+after the other over one connection, each with a prompt that is new. Without ``--pause`` a GPU
+has no rest, and may have to lower its clock. What a start compiled lies in DIR and is found by
+the next one. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512", "1024x1024"])
     parser.add_argument("--runs", type=int, default=15, help="pictures of each size")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each request")
     parser.add_argument("--data", type=Path, required=True, help="directory of the service")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE; repeatable")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds until ready, at most")
@@ -51,7 +53,7 @@ def main() -> None:
         found: dict[str, Any] = {"ready_s": time.monotonic() - begun_s, "sizes": {}}
         print(f"ready after {found['ready_s']:.1f} s", flush=True)
         for size in args.sizes:
-            found["sizes"][size] = ask(port, size, args.runs)
+            found["sizes"][size] = ask(port, size, args.runs, args.pause)
             told = ", ".join(f"{name} {ms:.1f}" for name, ms in found["sizes"][size].items())
             print(f"{size}: {told} ms", flush=True)
     finally:
@@ -76,33 +78,35 @@ def wait_until_ready(service: subprocess.Popen[bytes], port: int, limit_s: float
     sys.exit(f"not ready after {limit_s:.0f} s")
 
 
-def ask(port: int, size: str, runs: int) -> dict[str, float]:
-    """Medians in ms: request to PNG as the client sees it, then the service's own stages."""
+def ask(port: int, size: str, runs: int, pause_s: float) -> dict[str, float]:
+    """Medians in ms: request to PNG as the client sees it, and what the service says of these."""
     connection = http.client.HTTPConnection(HOST, port, timeout=300)
 
-    def draw(number: int, accept: str) -> tuple[float, bytes]:
+    def draw(number: int) -> dict[str, float]:
         body = {"prompt": f"picture {number} of a lighthouse, {size}", "size": size}
-        headers = {"Content-Type": "application/json", "Accept": accept}
+        headers = {"Content-Type": "application/json", "Accept": "image/png"}
+        time.sleep(pause_s)
         began_s = time.perf_counter()
         connection.request("POST", "/v1/generate", json.dumps({**body, "seed": number}), headers)
         answer = connection.getresponse()
         content = answer.read()
+        took_ms = (time.perf_counter() - began_s) * 1000
         if answer.status != 200:
             sys.exit(f"the service answered {answer.status}: {content[:500]!r}")
-        return (time.perf_counter() - began_s) * 1000, content
+        return {"request to PNG": took_ms, **stages(answer.headers["Server-Timing"])}
 
-    first_ms, _ = draw(0, "image/png")
-    times_ms = [draw(number, "image/png")[0] for number in range(1, runs + 1)]
-    stages = [
-        json.loads(draw(number, "application/json")[1])["timings"]
-        for number in range(runs + 1, runs + 6)
-    ]
-    return {
-        "request to PNG": statistics.median(times_ms),
-        "spread": max(times_ms) - min(times_ms),
-        "first": first_ms,
-        **{name: statistics.median(stage[name] for stage in stages) for name in stages[0]},
-    }
+    first = draw(0)
+    drawn = [draw(number) for number in range(1, runs + 1)]
+    medians = {name: statistics.median(one[name] for one in drawn) for name in first}
+    times_ms = [one["request to PNG"] for one in drawn]
+    spread = {"spread": max(times_ms) - min(times_ms), "first": first["request to PNG"]}
+    return {"request to PNG": medians.pop("request to PNG"), **spread, **medians}
+
+
+def stages(told: str) -> dict[str, float]:
+    """Of a ``Server-Timing`` header, in ms."""
+    parts = (part.split(";dur=") for part in told.split(", "))
+    return {name: float(ms) for name, ms in parts}
 
 
 if __name__ == "__main__":
