@@ -54,6 +54,11 @@ class Rates:
             self._milliseconds[part] = min(times) * 1000
         return self._milliseconds[part]
 
+    def fastest(self, part: Part) -> Call:
+        """One call in the form that is the fastest; it holds the tensors that it works on."""
+        with torch.inference_mode():
+            return min(self._forms(part), key=self._best_s)
+
     def teraflops(self, work: Work) -> float:
         """Operations over the floor's time, in 10**12 a second."""
         total = sum(part.operations * count for part, count in work.items())

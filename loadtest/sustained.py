@@ -1,0 +1,160 @@
+"""What a GPU keeps up: pictures, and the products that they are made of, rested and without rest.
+
+    python loadtest/sustained.py CHECKPOINT --sizes 256 512 1024 [--set precision=fp8]
+
+At its limit of power a GPU lowers its clock, so that what it does once it does not keep up. A
+picture is drawn from text to pixels, and then as a floor no more than its matrix products,
+attention and convolutions, each in the fastest form that ``fluxd bench`` finds, as one recording.
+Each is timed after a rest, and then again and again for some seconds, of which the last half
+counts. Clock and power are nvidia-smi's. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.main import pipeline_loader
+from app.settings import Settings
+from fluxcore import FluxPipeline, GenerationParams
+from fluxcore.bench.operations import Work, stage_work
+from fluxcore.bench.rates import Rates
+
+REST_S = 0.5
+RESTED_RUNS = 5
+ASKED = "clocks.sm,power.draw.instant"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=4.0, help="without rest")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    args = parser.parse_args()
+    given = dict(assignment.split("=", 1) for assignment in args.settings)
+    settings = Settings(model=args.checkpoint, device="cuda", data_dir="off", **given)
+    pipe: Any = pipeline_loader(settings.model, settings)(lambda step: None)
+    found: dict[str, dict[str, Any]] = {}
+    for side in args.sizes:
+        works = {"picture": picture(pipe, side, args.steps), "floor": floor(pipe, side, args.steps)}
+        for name, work in works.items():
+            found[f"{name}, {side}x{side}"] = told = timed(work, args.seconds)
+            print(
+                f"{side:5} {name:8} rested {told['rested_ms']:.1f} ms, "
+                f"without rest {told['sustained_ms']:.1f} at {told['clock_mhz']:.0f} MHz "
+                f"and {told['power_w']:.0f} W",
+                flush=True,
+            )
+    print(json.dumps(found))
+
+
+def picture(pipe: FluxPipeline, side: int, steps: int) -> Callable[[], object]:
+    """Draws one, its prompt not cached."""
+
+    def draw() -> None:
+        pipe.conditioning_cache.clear()
+        pipe.generate(
+            GenerationParams(prompt="a lighthouse", width=side, height=side, steps=steps, seed=42)
+        )
+
+    return draw
+
+
+@torch.inference_mode()
+def floor(pipe: FluxPipeline, side: int, steps: int) -> Callable[[], object]:
+    """Does a picture's products, attention and convolutions, one kind after the other."""
+    stages = stage_work(pipe.config, side, side, steps)
+    whole: Work = Counter(stages["text"] + stages["text tokens"] + stages["vae"])
+    for part, count in stages["step"].items():
+        whole[part] += steps * count
+    rates = Rates(pipe.runtime)
+    calls = [(rates.fastest(part), count) for part, count in whole.items()]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call, _ in calls:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for call, count in calls:
+            for _ in range(count):
+                call()
+
+    def replay() -> None:
+        assert calls, "a recording works on the tensors of its calls"
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def timed(work: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Medians in ms, with clock and power while there was no rest."""
+    for _ in range(3):
+        work()
+    rested = []
+    for _ in range(RESTED_RUNS):
+        time.sleep(REST_S)
+        rested.append(once_ms(work))
+    times: list[float] = []
+    with watched() as samples:
+        begun_s = time.monotonic()
+        while time.monotonic() < begun_s + seconds:
+            times.append(once_ms(work))
+    late = samples[len(samples) // 2 :]
+    clocks, powers = zip(*late, strict=True) if late else ((0.0,), (0.0,))
+    return {
+        "rested_ms": statistics.median(rested),
+        "sustained_ms": statistics.median(times[len(times) // 2 :]),
+        "clock_mhz": statistics.mean(clocks),
+        "power_w": statistics.mean(powers),
+    }
+
+
+def once_ms(work: Callable[[], object]) -> float:
+    begun_s = time.perf_counter()
+    work()
+    return (time.perf_counter() - begun_s) * 1000
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[float, float]]]:
+    """Clock in MHz and power in W, as nvidia-smi tells them meanwhile; empty where it is not."""
+    command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader,nounits", "-lms", "20"]
+    samples: list[tuple[float, float]] = []
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        yield samples
+        return
+
+    def read() -> None:
+        assert asked.stdout is not None, "asked for above"
+        for line in asked.stdout:
+            clock, power = line.split(",")
+            samples.append((float(clock), float(power)))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield samples
+    finally:
+        asked.terminate()
+        asked.wait(10)
+        reader.join()
+
+
+if __name__ == "__main__":
+    main()
