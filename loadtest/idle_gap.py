@@ -1,6 +1,7 @@
 """How long the device stands idle between back-to-back jobs.
 
     python loadtest/idle_gap.py [--model DIR] [--jobs 30] [--size 256] [--steps 4] [--clients 4]
+        [--cached]
 
 A real service on a free port is kept busy by clients who send their next request as soon
 as they have an answer, so that a job always waits. Measured on the worker's own thread: a
@@ -94,14 +95,14 @@ class Queue:
         return noted
 
     def report(self) -> None:
-        """Each job begins with its text."""
-        starts = [i for i, (part, _, _) in enumerate(self.parts) if part == "_embeddings_of"]
-        kept = self.parts[starts[WARM_JOBS] : starts[-WARM_JOBS] + 1]
+        """Each job ends with its decoding."""
+        ends = [i for i, (part, _, _) in enumerate(self.parts) if part == "begin_decode"]
+        kept = self.parts[ends[WARM_JOBS - 1] : ends[-WARM_JOBS - 1] + 1]
         gaps = [
-            (ended.elapsed_time(began), part == "_embeddings_of")
-            for (_, _, ended), (part, began, _) in itertools.pairwise(kept)
+            (ended.elapsed_time(began), part == "begin_decode")
+            for (part, _, ended), (_, began, _) in itertools.pairwise(kept)
         ]
-        tell("the GPU", gaps, kept[0][1].elapsed_time(kept[-1][1]), len(starts) - 2 * WARM_JOBS)
+        tell("the GPU", gaps, kept[0][2].elapsed_time(kept[-1][2]), len(ends) - 2 * WARM_JOBS)
 
 
 def keep_busy(url: str, jobs: int, clients: int, body: dict[str, Any]) -> None:
@@ -114,7 +115,7 @@ def keep_busy(url: str, jobs: int, clients: int, body: dict[str, Any]) -> None:
                 number = next(numbers, None)
             if number is None:
                 return
-            data = json.dumps({**body, "prompt": f"a red circle, {number}", "seed": number})
+            data = json.dumps({"prompt": f"a red circle, {number}", "seed": number, **body})
             request = urllib.request.Request(
                 f"{url}/v1/generate",
                 data.encode(),
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--cached", action="store_true", help="one prompt for all jobs")
     args = parser.parse_args()
     settings = Settings(
         model=args.model,
@@ -164,7 +166,9 @@ def main() -> None:
     watched[0].slices.clear()
     if watched[0].queue is not None:
         watched[0].queue.parts.clear()
-    body = {"width": args.size, "height": args.size, "steps": args.steps}
+    body: dict[str, Any] = {"width": args.size, "height": args.size, "steps": args.steps}
+    if args.cached:
+        body["prompt"] = "a red circle"
     keep_busy(url, args.jobs, args.clients, body)
     server.should_exit = True
     thread.join()

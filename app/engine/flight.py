@@ -64,10 +64,10 @@ class Flight:
         # The steps that each picture has come to.
         self._steps: dict[int, int] = {}
 
-    def begin(self, *, with_noise: bool) -> None:
+    def begin(self) -> None:
         """Queue the run's first work behind another job's. Raises what the pipeline does."""
         began_s = time.monotonic()
-        self.run.begin(with_noise=with_noise)
+        self.run.begin()
         self._begun_s = time.monotonic() - began_s
 
     def share(self, count: int) -> float:

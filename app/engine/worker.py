@@ -328,9 +328,7 @@ class Worker:
         self._close_ahead()
         token = telemetry.request_id.set(following.request_id)
         try:
-            # The larger one's would keep the smaller one's answer back.
-            area, other = (one.resolved.width * one.resolved.height for one in (job, following))
-            self._begun(following).begin(with_noise=other <= area)
+            self._begun(following).begin()
             self._ahead = following
         except Exception as error:
             logger.warning("not begun ahead of its turn: %s", error, exc_info=True)

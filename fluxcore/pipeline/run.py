@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 QUICK_CHARS = 4096
 """A longer prompt is not read while somebody waits for another job's picture. So many took 2.5 ms
 on two cores of an AMD EPYC, 32,000 took 20."""
+QUICK_PIXELS = 1024 * 1024
+"""A larger picture's noise is not drawn meanwhile, either: that of so many takes 3.5 ms on the host
+of an H200."""
 ATTEMPTS = 2
 """Tries per picture; GPU faults that leave no error behind are rare and rarely repeat."""
 
@@ -142,23 +145,19 @@ class Run(Iterator[Progress]):
         self._next = self._like = self._text = self._encoded = self._decoding = None
         self._meanwhile = lambda: None
 
-    def begin(self, *, with_noise: bool) -> None:
-        """Queue the prompt behind another job's work, before the first slice; wait for nothing.
+    def begin(self) -> None:
+        """Queue the prompt, and the first step, behind another job's work, before the first slice.
 
-        Not a long one: the other job is answered that much later.
-
-        Args:
-            with_noise: draw the first picture's noise, too. It takes the host as long as the text
-                takes a GPU, so that the GPU would come to wait for it later.
+        It waits for nothing, and leaves out what takes the host so long that the other job would be
+        answered later.
         """
-        params, needs_noise = self._job.params, with_noise and not self._job.request.references
+        params = self._job.params
         if len(params.prompt) + len(params.negative_prompt or "") > QUICK_CHARS:
             return
         with self.times.stage("text", waits=False):
             text = self._begun_text()
-            if needs_noise and self._next is None:
-                self._encoded = EncodedJob(text.positive, text.negative, NO_REFERENCES)
-                self._prepare_ahead(0)
+            if params.width * params.height <= QUICK_PIXELS:
+                self._begin_behind_the_text(text)
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Have something done when all of the job is queued, before the last of it is waited for.
@@ -213,13 +212,13 @@ class Run(Iterator[Progress]):
         resolved = job.params
         pipe.runtime.reset_peak()
         with times.stage("text", waits=False):
-            positive, negative, wait, _ = self._begun_text()
+            text = self._begun_text()
+            positive, negative = text.positive, text.negative
             # Before control is handed back: the first step may be taken together with another's.
             self._encoded = EncodedJob(positive, negative, NO_REFERENCES)
-            is_device_busy = not positive.cache_hit
-            if is_device_busy and not job.request.references:
-                self._begin_behind_the_text()
-            wait()
+            if not positive.cache_hit:  # else the device has nothing to do meanwhile
+                self._begin_behind_the_text(text)
+            text.wait()
         self._warn_of_cuts(positive, negative)
         yield self._progress("text")
 
@@ -324,28 +323,29 @@ class Run(Iterator[Progress]):
         pipe = self.pipe
         if self._text is None or self._text.faults != pipe.faults:
             self._next = None
+            self._pictures.clear()
+            self.begun.clear()
             positive, negative = pipe.encode_text(self._job)
             self._text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
         return self._text
 
-    def _begin_behind_the_text(self) -> None:
-        """Queue the first steps, or what they need, while the device is at the prompt.
+    def _begin_behind_the_text(self, text: BegunText) -> None:
+        """Queue the first step, or what it needs, while the device is at what comes before it.
 
-        Steps only where no trial comes before them, and none of them could be taken as one with
-        another job's.
+        A step only where no trial comes before it, and none could be taken as one with it.
         """
         params = self._job.params
+        is_begun = self._next is not None or bool(self.begun)
+        if is_begun or self._job.request.references:
+            return
+        self._encoded = EncodedJob(text.positive, text.negative, NO_REFERENCES)
+        self._prepare_ahead(0)
         is_simple = len(params.seeds) == 1 and params.guidance is None
-        if self._next is None:
-            self._prepare_ahead(0)
         if self.pipe.runtime.runs_ahead and is_simple and (self._alone or self._goes_alone):
             begin_ahead((self,), most=1)
 
     def _prepare_ahead(self, index: int) -> None:
-        """Noise and the like of the next picture, while the device is busy with what comes before.
-
-        A large one's noise takes the host as long as the text takes a GPU.
-        """
+        """Noise and the like of the next picture, while the device is busy with the last."""
         if self.pipe.runtime.runs_ahead and index < len(self._job.params.seeds):
             with torch.inference_mode(), translated_errors():
                 self._next = self._denoising(index)

@@ -145,7 +145,7 @@ def test_a_job_that_begins_behind_another_waits_for_nothing(
     busy.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ahead.begin(with_noise=True)
+        ahead.begin()
         is_behind = not busy.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")

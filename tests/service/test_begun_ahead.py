@@ -50,8 +50,8 @@ class AheadRun:
         assert self._pipeline.begins_ahead, "asked where no job begins ahead"
         self._meanwhile = work
 
-    def begin(self, *, with_noise: bool) -> None:
-        self._pipeline.told.append(f"begin {self._prompt}" + " without noise" * (not with_noise))
+    def begin(self) -> None:
+        self._pipeline.told.append(f"begin {self._prompt}")
         trouble = self._pipeline.trouble.get(f"begin {self._prompt}")
         if trouble is not None:
             raise trouble
@@ -195,17 +195,6 @@ def test_the_next_job_is_begun_before_the_last_picture_is_waited_for(hold: Hold)
     assert held.told == ["begin two", "wait for one", "wait for two"]
     assert held.pipeline.ran == ["one", "two"], "one run each"
     assert sum(isinstance(event, Started) for event in seen) == 1
-
-
-@pytest.mark.parametrize(("width", "noise"), [(64, ""), (80, " without noise")])
-def test_a_larger_picture_s_noise_is_not_drawn_while_somebody_waits(
-    start_live: StartLive, width: int, noise: str
-) -> None:
-    live = start_live(AheadPipeline())
-    pipeline, jobs = submit_held(live, "two", width=width)
-    assert pipeline.told == [f"begin two{noise}", "wait for one"]
-    pipeline.holding.set()
-    assert all(drawn(job) for job in jobs)
 
 
 def test_one_job_is_begun_at_a_time(start_live: StartLive) -> None:
@@ -353,7 +342,7 @@ def test_its_first_slice_is_charged_with_what_beginning_took(
     monkeypatch.setattr(flight, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     ledger = Ledger()
     ahead = Flight(make("two"), AheadPipeline(), ledger, Metrics())  # type: ignore[arg-type]
-    ahead.begin(with_noise=True)
+    ahead.begin()
     ahead.advance()
     ahead.advance()
     # A second passes from the beginning to the end of a slice, and of beginning.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import OutOfMemoryError
 from fluxcore.pipeline import ConditioningCache, GenerationResult
+from fluxcore.pipeline.joint_steps import JointSteps
 from fluxcore.pipeline.run import QUICK_CHARS, Run
 from fluxcore.runtime import Runtime
 from tests.unit.running_ahead import told_ahead
@@ -93,7 +93,7 @@ def test_it_draws_and_tells_the_same(pipe: FluxPipeline, asked: GenerationParams
     pipe.conditioning_cache.clear()
     ending = to_its_end(pipe.run(first))
     ahead = pipe.run(asked)
-    ahead.begin(with_noise=True)
+    ahead.begin()
     assert [fields(finished(ending)), fields(finished(ahead))] == expected
 
 
@@ -107,7 +107,7 @@ def test_with_guidance_both_prompts_are_begun(
     base.conditioning_cache.clear()
     with faulty(base.text_encoder) as encodings:
         ahead = base.run(asked)
-        ahead.begin(with_noise=True)
+        ahead.begin()
         assert len(encodings) == 2
         assert fields(finished(ahead)) == expected
         assert len(encodings) == 2
@@ -117,16 +117,20 @@ def test_the_next_prompt_is_queued_before_the_last_picture_is_waited_for(
     pipe: FluxPipeline, told: list[str]
 ) -> None:
     ending, ahead = pipe.run(params("a red fox")), pipe.run(params("a blue star"))
-    ending.meanwhile(partial(ahead.begin, with_noise=True))
+    ending.meanwhile(ahead.begin)
     result = finished(ending)
-    assert told[-5:] == ["decoding", "text", "prepared", "waited for 3", "waited for a picture"]
+    assert told[-6:] == [
+        *("decoding", "text", "prepared", "begun"),
+        *("waited for 3", "waited for a picture"),
+    ]
     told.clear()
-    ahead.begin(with_noise=True)
+    ahead.begin()
     assert not told, "it is begun twice"
     next(ahead)
-    assert told == ["begun", "waited for 4"]
+    assert told == ["waited for 4"]
     finished(ahead)
     assert "text" not in told and "prepared" not in told
+    assert told.count("begun") == 1, "of two steps"
     assert list(result.timings) == ["text", "denoise", "decode", "total"]
 
 
@@ -144,25 +148,44 @@ def test_what_would_delay_the_other_s_answer_waits_for_its_turn(
     ending = to_its_end(pipe.run(params("a red fox")))
     told.clear()
     ahead = pipe.run(asked)
-    ahead.begin(with_noise=True)
+    ahead.begin()
     assert not told
     finished(ending)
     finished(ahead)
 
 
-@pytest.mark.parametrize("prompt", ["a red fox", "a blue star"], ids=["known", "new"])
-@pytest.mark.parametrize("with_noise", [False, True])
-def test_noise_is_prepared_where_it_is_asked_for(
-    pipe: FluxPipeline, told: list[str], prompt: str, with_noise: bool
+@pytest.mark.parametrize(
+    ("asked", "share", "begun"),
+    [
+        (params("a red fox", seed=8), 1.0, ["prepared", "begun"]),
+        (params("a red fox", seed=8), 0.5, ["prepared"]),
+        (params("a blue star"), 1.0, ["text", "prepared", "begun"]),
+        (params("a blue star", n=2), 1.0, ["text", "prepared"]),
+        (params("a blue star", width=80), 1.0, ["text"]),
+        (params("a blue star", references=(painting(64, 64),)), 1.0, ["text"]),
+    ],
+    ids=["known", "may be joined", "new", "two", "large", "reference"],
+)
+def test_what_is_queued_behind_the_prompt(
+    pipe: FluxPipeline,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: GenerationParams,
+    share: float,
+    begun: list[str],
 ) -> None:
+    monkeypatch.setattr("fluxcore.pipeline.run.QUICK_PIXELS", 64 * 64)
+    monkeypatch.setattr(JointSteps, "share", lambda *_: share)
     ending = to_its_end(pipe.run(params("a red fox")))
-    ahead = pipe.run(params(prompt, seed=8))
+    ahead = pipe.run(asked)
     told.clear()
-    ahead.begin(with_noise=with_noise)
-    assert ("prepared" in told) is with_noise
-    finished(ahead)
-    assert told.count("prepared") == 1, "once, be it now or in its turn"
+    for _ in range(2):
+        ahead.begin()
+        assert told == begun, "once"
     finished(ending)
+    told.clear()
+    finished(ahead)
+    assert "text" not in told
 
 
 def test_other_work_is_done_once_all_of_the_job_is_queued(pipe: FluxPipeline) -> None:
@@ -191,7 +214,7 @@ def test_a_prompt_of_before_a_fault_is_encoded_anew(pipe: FluxPipeline, alone: b
     pipe.conditioning_cache.clear()
     ahead = pipe.run(params("a blue star"), alone=alone)
     with faulty(pipe.text_encoder, NAN):
-        ahead.begin(with_noise=True)
+        ahead.begin()
     pipe.forget()
     with faulty(pipe.text_encoder) as encodings, faulty(pipe.vae.decoder) as decodings:
         told: list[tuple[str, int]] = []
@@ -208,7 +231,7 @@ def test_what_was_prepared_before_a_fault_goes_where_the_prompt_is_known_again(
     pipe.conditioning_cache.clear()
     ahead = pipe.run(params("a blue star"))
     with faulty(pipe.text_encoder, NAN):
-        ahead.begin(with_noise=True)
+        ahead.begin()
     pipe.forget()
     pipe.generate(params("a blue star", seed=8))
     with faulty(pipe.vae.decoder) as decodings:
@@ -223,7 +246,7 @@ def test_a_fault_in_the_ending_picture_reaches_neither(pipe: FluxPipeline) -> No
     pipe.conditioning_cache.clear()
     with faulty(pipe.vae.decoder, NAN) as decodings, faulty(pipe.text_encoder) as encodings:
         ending, ahead = (pipe.run(one) for one in asked)
-        ending.meanwhile(partial(ahead.begin, with_noise=True))
+        ending.meanwhile(ahead.begin)
         assert [pixels(finished(run)) for run in (ending, ahead)] == expected
     # Each prompt twice; the second one's again as it is begun behind the second try.
     assert (len(decodings), len(encodings)) == (3, 4)
@@ -235,7 +258,7 @@ def test_the_peak_of_the_picture_in_hand_is_measured_on(
     resets: list[int] = []
     monkeypatch.setattr(Runtime, "reset_peak", lambda _: resets.append(1))
     ahead = pipe.run(params())
-    ahead.begin(with_noise=True)
+    ahead.begin()
     assert not resets
     finished(ahead)
     assert len(resets) == 1
@@ -243,7 +266,7 @@ def test_the_peak_of_the_picture_in_hand_is_measured_on(
 
 def test_its_times_leave_out_what_lies_before_its_first_slice(pipe: FluxPipeline) -> None:
     ahead, began_s = pipe.run(params()), time.perf_counter()
-    ahead.begin(with_noise=True)
+    ahead.begin()
     own_s = time.perf_counter() - began_s
     time.sleep(0.2)
     began_s = time.perf_counter()
@@ -258,7 +281,7 @@ def test_one_that_does_not_fit_can_be_given_up_and_begun_later(pipe: FluxPipelin
     with faulty(pipe.text_encoder, torch.OutOfMemoryError("CUDA out of memory")):
         ahead = pipe.run(params())
         with pytest.raises(OutOfMemoryError):
-            ahead.begin(with_noise=True)
+            ahead.begin()
         ahead.close()
         assert pixels(pipe.generate(params())) == expected
     assert not torch.is_inference_mode_enabled()
@@ -266,7 +289,7 @@ def test_one_that_does_not_fit_can_be_given_up_and_begun_later(pipe: FluxPipelin
 
 def test_one_that_is_given_up_holds_nothing(pipe: FluxPipeline) -> None:
     ahead = pipe.run(params())
-    ahead.begin(with_noise=True)
+    ahead.begin()
     assert ahead._text is not None
     ahead.close()
     assert [ahead._next, ahead._text, ahead._encoded] == [None] * 3
