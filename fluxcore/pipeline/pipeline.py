@@ -433,8 +433,9 @@ class FluxPipeline:
         dtype = self.runtime.dtypes.weights
         grid = _grid(params.width, params.height)
         channels = self.config.transformer.in_channels
-        drawn = draw_noise(params.seeds[image_index], channels, grid).transpose(1, 2)
-        noise = self.runtime.placed(drawn, dtype).transpose(1, 2).contiguous()
+        pinned = self.runtime.device.type == "cuda"
+        drawn = draw_noise(params.seeds[image_index], channels, grid, pinned=pinned)
+        noise = self.runtime.placed(drawn.transpose(1, 2), dtype).transpose(1, 2).contiguous()
         inpainting = None
         if job.request.mask is not None:
             assert references.first is not None, "a mask comes with a picture"

@@ -211,7 +211,7 @@ class Runtime:
         and copied behind what is queued, which nobody waits for.
         """
         if self.device.type == "cuda":
-            source = x if x.nbytes <= STAGED_BYTES else x.pin_memory()
+            source = x if x.nbytes <= STAGED_BYTES or x.is_pinned() else x.pin_memory()
             return source.to(self.device, non_blocking=True).to(dtype)
         return x.to(dtype).to(self.device)
 

@@ -19,6 +19,7 @@ from fluxcore.kernels import plain_attention
 from fluxcore.pipeline import DenoiseStep, GenerationResult
 from fluxcore.pipeline.denoise import step_together
 from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
+from fluxcore.pipeline.latents import draw_noise
 from fluxcore.pipeline.run import Run
 from fluxcore.residues import filtered, strip_height
 from fluxcore.runtime import choose_runtime
@@ -84,6 +85,12 @@ def _result(run: Run) -> GenerationResult:
         except StopIteration as end:
             result: GenerationResult = end.value
             return result
+
+
+def test_noise_is_the_same_in_pinned_memory() -> None:
+    pinned = draw_noise(7, 128, (16, 16), pinned=True)
+    assert pinned.is_pinned()
+    assert torch.equal(pinned, draw_noise(7, 128, (16, 16)))
 
 
 def test_graphs_change_no_bit(plain: FluxPipeline, tiny_checkpoint: Path) -> None:

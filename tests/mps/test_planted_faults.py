@@ -173,7 +173,7 @@ def in_double(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float
     return moved.to(velocity.dtype)
 
 
-def noise_on_the_device(seed: int, channels: int, grid: tuple[int, int]) -> Tensor:
+def noise_on_the_device(seed: int, channels: int, grid: tuple[int, int], *, pinned: bool) -> Tensor:
     return torch.randn((1, grid[0] * grid[1], channels), device=DEVICE)
 
 
