@@ -107,7 +107,7 @@ class Bench:
         arranged = {
             name: copy.deepcopy(getattr(self.plain, name)) for name in ("transformer", "vae")
         }
-        self.runtime.arrange(**arranged)
+        self.runtime.arrange(self.plain.text_encoder, **arranged)
         self.components = replace(self.plain, **arranged)
         torch.cuda.synchronize()
         print(json.dumps(self.runtime.describe()))
@@ -200,7 +200,7 @@ class Bench:
         encoder = copy.deepcopy(self.plain.text_encoder)
         blocks = (*transformer.double_blocks, *transformer.single_blocks, *encoder.layers)
         quantise(blocks, self.runtime.eight_bits("fp8"))
-        self.runtime.arrange(transformer, copy.deepcopy(self.plain.vae))
+        self.runtime.arrange(encoder, transformer, copy.deepcopy(self.plain.vae))
         pipe = self.pipeline(graphs=True, transformer=transformer, text_encoder=encoder)
         self._measure("fp8+graphs", pipe, self.runs)
         self._distance("plain", "fp8+graphs")

@@ -10,6 +10,7 @@ Flux2KleinPipeline._get_qwen3_prompt_embeds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -82,9 +83,13 @@ class Qwen3Attention(nn.Module):
         self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(self, qkv: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        return wide_linear(self.attended(qkv, rope, mask), self.out)
+
+    def attended(self, qkv: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        """What ``self.out`` projects. Shapes: -> [B, L, heads K]."""
         q, k, v = self.grouped_heads(qkv, self.q_norm, self.k_norm, self.heads, rope)
         out = self.attention(q, k, v, mask)  # [B, heads, L, K]
-        return wide_linear(out.transpose(1, 2).flatten(2), self.out)
+        return out.transpose(1, 2).flatten(2)  # [B, L, heads K]
 
 
 class Qwen3Layer(nn.Module):
@@ -126,6 +131,8 @@ class Qwen3Encoder(nn.Module):
             Qwen3Layer(config, self.kernels) for _ in range(config.used_layers)
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps) if config.final_norm else None
+        # Another form of ``run_layers`` where their products are made for it.
+        self.fused_layers: Callable[..., list[Tensor]] | None = None
 
     def forward(self, ids: Tensor, token_count: Tensor) -> Tensor:
         length = ids.shape[1]
@@ -135,15 +142,20 @@ class Qwen3Encoder(nn.Module):
         mask = token_count
         if self.kernels.prompt_attention is None:
             mask = causal_mask(length, token_count)  # [B, 1, L, L]
+        run = self.fused_layers or self.run_layers
+        states = run(self.kernels.residual(x), rope, mask)
+        if self.final_norm is not None:
+            states[-1] = self.final_norm(states[-1])
+        return torch.cat(states, dim=-1)  # [B, L, 3 D]
+
+    def run_layers(self, x: Tensor, rope: Rope, mask: Tensor) -> list[Tensor]:
+        """The states that the conditioning reads. Shapes: x [B, L, D] -> [B, L, D] each."""
         states = []
-        x = self.kernels.residual(x)
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, rope, mask)
             if number in CONDITIONING_LAYERS:
                 states.append(x)
-        if self.final_norm is not None:
-            states[-1] = self.final_norm(x)
-        return torch.cat(states, dim=-1)  # [B, L, 3 D]
+        return states
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

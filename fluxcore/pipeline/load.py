@@ -104,7 +104,7 @@ def load_components(
         left_out["transformer"],
         place_of(config.transformer, runtime),
     )
-    runtime.arrange(transformer, vae)
+    runtime.arrange(encoder, transformer, vae)
     stream = stream_layers(path, config, runtime, encoder, transformer)
     reports = (vae_report, encoder_report, transformer_report)
     distilled = config.is_distilled

@@ -102,12 +102,14 @@ class Runtime:
         is_narrow = self.dtypes.weights == self.dtypes.vae == torch.bfloat16
         return self.fuses and is_narrow and not self.compiles and missing_for_triton() is None
 
-    def arrange(self, transformer: Any, vae: Any) -> None:
+    def arrange(self, encoder: Any, transformer: Any, vae: Any) -> None:
         """Lay loaded weights out as this device's kernels read them, once."""
         if not self.uses_triton:
             return
-        from fluxcore.runtime import triton_blocks, triton_narrow_blocks, triton_vae
+        from fluxcore.runtime import triton_blocks, triton_encoder, triton_narrow_blocks, triton_vae
 
+        if triton_encoder.fits(encoder):
+            encoder.fused_layers = triton_encoder.NarrowLayers(encoder)
         for level in vae.decoder.levels[:-1]:
             level.resample.fused = triton_vae.FusedUpsample(level.resample.conv)
         if self.residency == "low":

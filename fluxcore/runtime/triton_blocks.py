@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fluxcore.config import TEXT_TOKENS
 from fluxcore.runtime.quantised import EightBitLinear
+from fluxcore.runtime.triton_addends import Addend
 from fluxcore.runtime.triton_attention import attend, is_short
 from fluxcore.runtime.triton_kernels import FormedRows, Rope, launch
-from fluxcore.runtime.triton_loop import Addend, BlockLoop
+from fluxcore.runtime.triton_loop import BlockLoop
 from fluxcore.runtime.triton_products import COLUMNS, HEAD_WIDTH, ROWS, Heads, half_tables, multiply
 
 FEW_ROWS = 2048

@@ -1,7 +1,7 @@
 """The text encoder's own kernels: attention over a prompt, and norms with what they are added to.
 
-Owns what only the encoder needs; heads are those of ``fluxcore.runtime.triton_heads``, gates those
-of ``fluxcore.runtime.triton_kernels``.
+Owns what only the encoder needs, and the order of layers whose matrices are in fp8; heads are those
+of ``fluxcore.runtime.triton_heads``, gates those of ``fluxcore.runtime.triton_kernels``.
 A prompt is a few dozen tokens and padding up to 512, which nobody may see as a key: the keys that
 are read end with the prompt, and queries in groups share theirs without copies. Each function has
 the signature and the meaning of the plain form that it stands for.
@@ -13,12 +13,16 @@ of a softmax that is taken in pieces).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fluxcore.runtime.triton_kernels import FormedRows, RowNorm, launch, store_row
+from fluxcore.config import CONDITIONING_LAYERS
+from fluxcore.runtime.quantised import EightBitLinear
+from fluxcore.runtime.triton_addends import Addend, gated_product, rounded_product
+from fluxcore.runtime.triton_kernels import FormedRows, Rope, RowNorm, launch, store_row
 
 QUERIES, KEYS = 64, 64
 """That one program takes, and that it looks at at once."""
@@ -55,19 +59,52 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, token_count: Tensor | None
     return out
 
 
+def fits(encoder: Any) -> bool:
+    """Whether all products onto the residual stream are in fp8 and can leave their scales out."""
+    linears = [linear for layer in encoder.layers for linear in (layer.attention.out, layer.down)]
+    return all(
+        isinstance(linear, EightBitLinear) and linear.format.unscaled is not None
+        for linear in linears
+    )
+
+
+class NarrowLayers:
+    """The layers of an encoder, with each sum in the pass that norms it for the next product."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.layers = list(encoder.layers)
+
+    def __call__(self, x: Tensor, rope: Rope, mask: Tensor) -> list[Tensor]:
+        """As ``Qwen3Encoder.run_layers``."""
+        states: list[Tensor] = []
+        update: Addend | None = None
+        for number, layer in enumerate(self.layers):
+            attention = layer.attention
+            x, qkv = projected(attention.qkv, x, update, layer.attention_norm)
+            if number in CONDITIONING_LAYERS:  # so many have been added up
+                states.append(x)
+            update = rounded_product(attention.out, attention.attended(qkv, rope, mask))
+            x, gate_up = projected(layer.gate_up, x, update, layer.mlp_norm)  # [B, L, 2 mlp]
+            update = gated_product(layer.down, gate_up)
+        assert update is not None, "an encoder has layers"
+        return [*states, x + update.whole()]
+
+
 def projected(
-    linear: nn.Module, x: Tensor, update: Tensor | None, norm: RowNorm
+    linear: nn.Module, x: Tensor, update: Tensor | Addend | None, norm: RowNorm
 ) -> tuple[Tensor, Tensor]:
     """As ``fluxcore.models.qwen3.projected``."""
     x = x.contiguous()
     width = x.shape[-1]
     total = x if update is None else x.new_empty(x.shape)
     rows = FormedRows.made(linear, x, width)
+    added = update if isinstance(update, Addend) else Addend(x if update is None else update)
     launch(
         _add_and_norm,
         (x.numel() // width,),
         x,
-        x if update is None else update.contiguous(),
+        added.values.contiguous(),
+        *(added.scales or (x, x)),
         norm.weight,
         total,
         rows.values,
@@ -76,6 +113,7 @@ def projected(
         norm.eps,
         *rows.rounding,
         update is not None,
+        added.scales is not None,
         triton.next_power_of_2(width),
         num_warps=4,
     )
@@ -145,6 +183,8 @@ def _attend(
 def _add_and_norm(
     x,
     update,
+    rows,
+    columns,
     weight,
     total,
     out,
@@ -155,6 +195,7 @@ def _add_and_norm(
     smallest,
     ROUND: tl.constexpr,
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row with what is added to it, and its norm; rounded for an fp8 layer."""
@@ -163,7 +204,11 @@ def _add_and_norm(
     inside = at < width
     values = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        values += tl.load(update + row + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(update + row + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            added *= tl.load(columns + at, mask=inside, other=0.0)
+            added *= tl.load(rows + tl.program_id(0))
+        values += added
         # Normed as it is written, so that it is the same as in two kernels.
         narrow = values.to(total.dtype.element_ty)
         tl.store(total + row + at, narrow, mask=inside)

@@ -17,29 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxcore.runtime.triton_addends import Addend
 from fluxcore.runtime.triton_kernels import FormedRows, Rope, add_gated, launch, store_row
-
-
-class Addend(NamedTuple):
-    """What is to be added to some rows, before its gate.
-
-    Shapes: values [B, L, D]; scales [B L, 1] and [1, D] float32.
-
-    Attributes:
-        scales: of rows and of columns, which the values have not been multiplied by; None: they
-            need no more.
-    """
-
-    values: Tensor
-    scales: tuple[Tensor, Tensor] | None = None
-
-    def whole(self) -> Tensor:
-        """With its scales."""
-        if self.scales is None:
-            return self.values
-        of_rows, of_columns = self.scales
-        scaled = self.values.flatten(0, 1) * of_rows * of_columns  # [B L, D] float32
-        return scaled.to(self.values.dtype).view(self.values.shape)
 
 
 class Update(NamedTuple):

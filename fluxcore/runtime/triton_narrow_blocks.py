@@ -1,8 +1,7 @@
 """The transformer's blocks with their large matrices in fp8.
 
 Owns what a block adds: its products are the library's, on rows that were rounded as they were
-normed. Those onto the residual stream leave their scales to the pass that adds them up: without,
-the library has faster kernels.
+normed. Those onto the residual stream leave their scales to the pass that adds them up.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fluxcore.runtime.quantised import EightBitLinear
-from fluxcore.runtime.triton_kernels import FormedRows, Rope, gated_rows
-from fluxcore.runtime.triton_loop import Addend, BlockLoop
+from fluxcore.runtime.triton_addends import Addend, gated_product, rounded_product
+from fluxcore.runtime.triton_kernels import FormedRows, Rope
+from fluxcore.runtime.triton_loop import BlockLoop
 
 ALL = slice(None)
 
@@ -38,11 +38,11 @@ class NarrowBlocks(BlockLoop):
         streams = [(_product(stream.qkv, rows, part), stream.qk_norm) for stream, part in parts]
         attended = block.attention(*block.joint_heads(streams, pe), None)  # [B, H, L, K]
         attended = attended.transpose(1, 2).flatten(2)  # [B, L, D]
-        return tuple(_rounded_product(stream.out, attended[:, part]) for stream, part in parts)
+        return tuple(rounded_product(stream.out, attended[:, part]) for stream, part in parts)
 
     def gated(self, number: int, rows: FormedRows, split: int) -> tuple[Addend, ...]:
         return tuple(
-            _gated_product(stream.mlp_out, _product(stream.mlp_in, rows, part))
+            gated_product(stream.mlp_out, _product(stream.mlp_in, rows, part))
             for stream, part in _parts(self.double[number], split)
         )
 
@@ -52,7 +52,7 @@ class NarrowBlocks(BlockLoop):
         q, k, v = block.joint_heads(((qkv, block.qk_norm),), pe)
         attended = block.attention(q[:, :, kept], k, v, None)  # [B, H, L_kept, K]
         attended = attended.transpose(1, 2).flatten(2)  # [B, L_kept, D]
-        return _gated_product(block.out, mlp[:, kept], attended)
+        return gated_product(block.out, mlp[:, kept], attended)
 
 
 def _parts(block: Any, split: int) -> tuple[tuple[Any, slice], tuple[Any, slice]]:
@@ -66,22 +66,3 @@ def _product(linear: EightBitLinear, rows: FormedRows, part: slice) -> Tensor:
     scales = rows.scales.view(*rows.values.shape[:2], 1)[:, part]
     product = linear.multiply(values.flatten(0, 1), scales.flatten(0, 1), torch.bfloat16)
     return product.view(*values.shape[:2], -1)
-
-
-def _rounded_product(linear: EightBitLinear, x: Tensor) -> Addend:
-    """Of rows that are rounded here. Shapes: x [B, L, K] -> [B, L, N]."""
-    values, scales = linear.format.round_rows(x.flatten(0, 1))
-    return _unscaled(linear, values, scales, x.shape[0])
-
-
-def _gated_product(linear: EightBitLinear, hidden: Tensor, before: Tensor | None = None) -> Addend:
-    """As ``fluxcore.kernels.gated_linear``. Shapes: -> [B, L, N]."""
-    rows = gated_rows(linear, hidden, before)
-    return _unscaled(linear, rows.values.flatten(0, -2), rows.scales, hidden.shape[0])
-
-
-def _unscaled(linear: EightBitLinear, values: Tensor, scales: Tensor, batch: int) -> Addend:
-    """Shapes: values [B L, K] in eight bits, scales [B L, 1] -> [B, L, N]."""
-    assert linear.format.unscaled is not None, "a format for GPUs"
-    product = linear.format.unscaled(values, linear.weight)
-    return Addend(product.unflatten(0, (batch, -1)), (scales, linear.weight_scale))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxcore.config import TransformerConfig, VaeConfig
+from fluxcore.config import Qwen3Config, TransformerConfig, VaeConfig
 from fluxcore.kernels import Kernels, plain_attention
-from fluxcore.models import flux2
+from fluxcore.models import Qwen3Encoder, flux2
 from fluxcore.models.rope import Rope
 from fluxcore.models.vae import AutoEncoder
 from fluxcore.runtime import Runtime, choose_runtime
@@ -31,6 +31,7 @@ from fluxcore.runtime import triton_attention as few  # noqa: E402
 from fluxcore.runtime import triton_blocks as fused_blocks  # noqa: E402
 from fluxcore.runtime import triton_narrow_blocks as narrow_blocks  # noqa: E402
 from fluxcore.runtime import triton_products as products  # noqa: E402
+from fluxcore.runtime.triton_encoder import NarrowLayers  # noqa: E402
 
 DEVICE = torch.device("cuda" if IS_HOPPER else "cpu")
 FORMAT = FP8 if IS_HOPPER else PLAIN_FP8
@@ -48,7 +49,17 @@ CONFIG = TransformerConfig(
     time_channels=64,
     norm_eps=1e-6,
 )
-
+TEXT_ENCODER = Qwen3Config(
+    vocabulary=50,
+    width=32,
+    layers=28,
+    heads=2,
+    kv_heads=1,
+    head_width=16,
+    mlp_width=32,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+)
 VAE = VaeConfig(
     image_channels=3,
     latent_channels=8,
@@ -174,22 +185,26 @@ def test_only_what_the_tiles_divide_is_taken(changed: dict[str, Any], is_fit: bo
     assert fused_blocks.fits(transformer) is is_fit
 
 
-def test_a_transformer_is_arranged_where_the_kernels_were_made_for(
+def test_networks_are_arranged_where_the_kernels_were_made_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime = choose_runtime("cpu", "float32")
     vae = AutoEncoder(VAE, Kernels(plain_attention, plain_attention))
-    runtime.arrange(None, vae)
+    encoder = Qwen3Encoder(TEXT_ENCODER, Kernels(plain_attention, plain_attention))
+    runtime.arrange(encoder, None, vae)
     assert vae.decoder.levels[0].resample.fused is None
     monkeypatch.setattr(Runtime, "uses_triton", True)
     for capability, residency in (((8, 9), "resident"), ((9, 0), "low"), ((10, 0), "resident")):
         transformer = flux2.Flux2Transformer(CONFIG, Kernels(plain_attention, plain_attention))
-        replace(runtime, capability=capability, residency=residency).arrange(transformer, vae)
-        assert transformer.fused_blocks is None
+        of_other = replace(runtime, capability=capability, residency=residency)
+        of_other.arrange(encoder, transformer, vae)
+        assert transformer.fused_blocks is None and encoder.fused_layers is None
+    quantise(encoder.layers, FORMAT)
     single, stream = transformer.single_blocks[0], transformer.double_blocks[1].img
     before, qkv_before = single.qkv_mlp.weight.clone(), stream.qkv.weight.clone()
     mlp_before = stream.mlp_in.weight.clone()
-    replace(runtime, capability=(9, 0)).arrange(transformer, vae)
+    replace(runtime, capability=(9, 0)).arrange(encoder, transformer, vae)
+    assert isinstance(encoder.fused_layers, NarrowLayers)
     fused = [level.resample and level.resample.fused for level in vae.decoder.levels]
     assert all(fused[:-1]) and fused[-1] is None
     assert isinstance(transformer.fused_blocks, fused_blocks.FusedBlocks)
