@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from app.api.security import guard
+from app.api.security.bodies import BoundedBody
 from app.engine.jobs import Job
 from tests.service.conftest import StartLive, wait_until
 
@@ -20,14 +22,21 @@ ASKED = {"prompt": "a red fox"}
 
 @pytest.fixture
 def left(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
-    """All jobs that are made from now on."""
+    """All jobs and bodies that are made from now on."""
     made: list[weakref.ref[Any]] = []
+
+    class NotedBody(BoundedBody):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
     plain = Job.__init__
 
     def noted(job: Job, *arguments: Any, **named: Any) -> None:
         plain(job, *arguments, **named)
         made.append(weakref.ref(job))
 
+    monkeypatch.setattr(guard, "BoundedBody", NotedBody)
     monkeypatch.setattr(Job, "__init__", noted)
     return made
 
@@ -48,7 +57,7 @@ def no_collector() -> Iterator[None]:
         ("/v1/images/generations", ASKED, "application/json"),
     ],
 )
-def test_an_answered_job_is_let_go_of(
+def test_an_answered_job_and_its_request_are_let_go_of(
     start_live: StartLive,
     left: list[weakref.ref[Any]],
     path: str,
@@ -61,4 +70,4 @@ def test_an_answered_job_is_let_go_of(
             answer = client.post(path, json=asked, headers={"Accept": accept})
             assert answer.status_code == 200
     wait_until(lambda: not any(one() is not None for one in left))
-    assert len(left) == 2
+    assert len(left) == 2 * 2
