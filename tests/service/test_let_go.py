@@ -71,3 +71,12 @@ def test_an_answered_job_and_its_request_are_let_go_of(
             assert answer.status_code == 200
     wait_until(lambda: not any(one() is not None for one in left))
     assert len(left) == 2 * 2
+
+
+def test_a_closed_connection_is_let_go_of(start_live: StartLive) -> None:
+    live = start_live()
+    connections = live.server.server_state.connections
+    with live.client() as client:
+        assert client.get("/health").status_code == 200
+        (connection,) = map(weakref.ref, connections)
+    wait_until(lambda: connection() is None)
