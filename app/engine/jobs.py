@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from app.engine.contract import Resolved
 from app.engine.events import EventLog, Listener, Queued, Settled, Started
@@ -80,6 +81,13 @@ class JobOutcome:
 DEFAULT_OPTIONS = JobOptions()
 
 
+class Outlook(Protocol):
+    """Who knows a job's place among all others; see ``Job.place`` and ``Job.eta_s``."""
+
+    def place(self, job: Job) -> Queued | None: ...
+    def eta_s(self, job: Job) -> float | None: ...
+
+
 class Job:
     """One accepted request.
 
@@ -124,10 +132,9 @@ class Job:
         self.events = EventLog()
         # The preview that is being packed, or was last.
         self.last_preview: Future[None] | None = None
-        # Asks the scheduler for the job's present place.
-        self.place: Callable[[], Queued | None] = lambda: None
-        # Asks it when the job should be done, in seconds from now.
-        self.eta_s: Callable[[], float | None] = lambda: None
+        # The scheduler's, once it has the job. It is asked about a job and knows none by itself:
+        # what held this one would keep it, and its pictures, until garbage is looked for.
+        self.outlook: Outlook | None = None
         self.future: Future[JobOutcome] = Future()
         # From here on nobody but this job can settle it: a waiter that goes away
         # would otherwise cancel the future under the worker's hands.
@@ -147,6 +154,14 @@ class Job:
     def is_settled(self) -> bool:
         """Whether it has been answered."""
         return self.future.done()
+
+    def place(self) -> Queued | None:
+        """Its present place, while it waits."""
+        return None if self.outlook is None else self.outlook.place(self)
+
+    def eta_s(self) -> float | None:
+        """When it should be done, in seconds from now; None unless it is in flight."""
+        return None if self.outlook is None else self.outlook.eta_s(self)
 
     def watch(self, listener: Listener) -> Callable[[], None]:
         """Tell ``listener`` how the job stands and then what becomes of it.

@@ -41,8 +41,8 @@ class Turn:
 class Scheduler:
     """Jobs from their admission until the device is done with them.
 
-    ``check``, ``admit`` and ``remove`` are called from any thread, ``take`` and what
-    follows it from the worker's.
+    ``check``, ``admit``, ``remove``, ``place`` and ``eta_s`` are called from any thread, ``take``
+    and what else follows it from the worker's.
 
     Args:
         limits: what may wait and be in flight.
@@ -133,8 +133,7 @@ class Scheduler:
             kind = likeness(job.params, job.resolved) if self._joins else None
             self._waiting[job] = Entry(job, self._accepted, left, deadline_s, kind)
             self._policy.shares.joined(options.client)
-            job.place = lambda: self._place(job)
-            job.eta_s = lambda: self._eta_s(job)
+            job.outlook = self
             self._changed.notify()
         self._tell_places()
         return True
@@ -245,7 +244,14 @@ class Scheduler:
         with self._changed:
             self._policy.costs.calibrate(width, height, took_s)
 
-    def _eta_s(self, job: Job) -> float | None:
+    def place(self, job: Job) -> Queued | None:
+        """A job's present place; None once it waits no more."""
+        with self._changed:
+            if job not in self._waiting:
+                return None
+            return next(place for entry, place in self._places() if entry.job is job)
+
+    def eta_s(self, job: Job) -> float | None:
         """When a job in flight should be done, in seconds from now."""
         with self._changed:
             entry = self._active.get(job)
@@ -373,12 +379,6 @@ class Scheduler:
                 position += 1
                 yield entry, Queued(position, elapsed_s if is_measured else None)
             elapsed_s += self._policy.expected_s(entry, now_s)
-
-    def _place(self, job: Job) -> Queued | None:
-        with self._changed:
-            if job not in self._waiting:
-                return None
-            return next(place for entry, place in self._places() if entry.job is job)
 
     def _tell_places(self) -> None:
         """Tell those whose place has changed, outside the lock: listeners may hold locks."""

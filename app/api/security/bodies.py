@@ -63,11 +63,34 @@ class BodySpace:
         self._taken_bytes -= count
 
 
+class HeldBytes:
+    """What one body takes of the space."""
+
+    def __init__(self, space: BodySpace) -> None:
+        self._space = space
+        self._count = 0
+
+    def grow(self, count: int) -> None:
+        """The body has come to so many bytes.
+
+        Raises:
+            TooManyBytesError: there is no room for them.
+        """
+        if count > SMALL_BYTES:
+            self._space.take(count - self._count)
+            self._count = count
+
+    def drop(self) -> None:
+        """Nobody holds the body any more."""
+        self._space.give_back(self._count)
+        self._count = 0
+
+
 class BoundedBody:
     """One request's body. ``receive`` is the ASGI callable to hand on.
 
     Args:
-        space: what all bodies may take together.
+        held: counts it among all bodies.
         max_bytes: the most that is read.
         timeout_s: the longest time without a further byte.
     """
@@ -76,14 +99,13 @@ class BoundedBody:
         self,
         headers: Headers,
         receive: Receive,
-        space: BodySpace,
+        held: HeldBytes,
         max_bytes: int,
         timeout_s: float,
     ) -> None:
         self._headers = headers
         self._receive = receive
-        self._space = space
-        self._space_bytes = 0
+        self._held = held
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._received_bytes = 0
@@ -119,16 +141,8 @@ class BoundedBody:
         self._is_complete = not message.get("more_body", False)
         if self._received_bytes > self._max_bytes:
             raise self._too_large()
-        if self._received_bytes > SMALL_BYTES:
-            new_bytes = self._received_bytes - self._space_bytes
-            self._space.take(new_bytes)
-            self._space_bytes += new_bytes
+        self._held.grow(self._received_bytes)
         return message
-
-    def close(self) -> None:
-        """Nobody holds the body any more."""
-        self._space.give_back(self._space_bytes)
-        self._space_bytes = 0
 
     async def discard(self) -> bool:
         """Read and drop what is left of a body that nobody wants, for a short time.

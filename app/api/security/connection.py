@@ -47,14 +47,16 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        limit = self.conn._max_incomplete_event_size
-        self.conn = _CountedConnection(h11.SERVER, limit, lambda head: self.transport.write(head))
         self._request_owed: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connects."""
+        limit = self.conn._max_incomplete_event_size
+        # Given the transport alone, which lets go of this protocol at the end: else all of a
+        # connection that is closed would stay until garbage is looked for.
+        self.conn = _CountedConnection(h11.SERVER, limit, transport.write)
         super().connection_made(transport)
         # Be told of any byte that the system does not take at once, and when all are taken.
         transport.set_write_buffer_limits(high=0)

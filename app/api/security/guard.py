@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import log_refusal, render
 from app.api.page import PAGE_PREFIX
-from app.api.security.bodies import BodySpace, BoundedBody
+from app.api.security.bodies import BodySpace, BoundedBody, HeldBytes
 from app.api.security.hosts import HostRules
 from app.api.security.origins import (
     OriginRules,
@@ -57,10 +57,11 @@ class Guard:
             return
         self._proxies.apply(scope)
         headers = Headers(scope=scope)
+        held = HeldBytes(self._space)
         body = BoundedBody(
             headers,
             receive,
-            self._space,
+            held,
             self._settings.max_body_bytes,
             self._settings.client_timeout_s,
         )
@@ -98,8 +99,10 @@ class Guard:
             key = self._authenticate(scope["path"], headers)
             client = client_address(scope) if key is None else key.name
             scope.setdefault("state", {})["client"] = client
-            # Called once nobody holds what was sent any more; at the latest at the end.
-            scope["state"]["drop_body"] = body.close
+            # Called once nobody holds what was sent any more; at the latest at the end. Not a part
+            # of ``body``, which holds the connection, which holds the scope: all three would stay
+            # until garbage is looked for.
+            scope["state"]["drop_body"] = held.drop
             allowance = self._count(scope["method"], client, key)
             body.check_announced()
         except ServiceError as error:
@@ -113,7 +116,7 @@ class Guard:
             log_refusal(scope["method"], error)
             await render(error)(scope, receive, send_guarded)
         finally:
-            body.close()
+            held.drop()
 
     def _authenticate(self, path: str, headers: Headers) -> ApiKey | None:
         """The key that was sent.
