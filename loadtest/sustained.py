@@ -19,7 +19,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fluxcore.bench.rates import Rates
 REST_S = 0.5
 RESTED_RUNS = 5
 ASKED = "clocks.sm,power.draw.instant"
+AS_NUMBERS = ("--format=csv,noheader,nounits", "-lms", "20")
 
 
 def main() -> None:
@@ -52,12 +54,8 @@ def main() -> None:
         works = {"picture": picture(pipe, side, args.steps), "floor": floor(pipe, side, args.steps)}
         for name, work in works.items():
             found[f"{name}, {side}x{side}"] = told = timed(work, args.seconds)
-            print(
-                f"{side:5} {name:8} rested {told['rested_ms']:.1f} ms, "
-                f"without rest {told['sustained_ms']:.1f} at {told['clock_mhz']:.0f} MHz "
-                f"and {told['power_w']:.0f} W",
-                flush=True,
-            )
+            values = ", ".join(f"{what} {value:.1f}" for what, value in told.items())
+            print(f"{side}x{side} {name}: {values}", flush=True)
     print(json.dumps(found))
 
 
@@ -92,16 +90,17 @@ def floor(pipe: FluxPipeline, side: int, steps: int) -> Callable[[], object]:
             for _ in range(count):
                 call()
 
-    def replay() -> None:
-        assert calls, "a recording works on the tensors of its calls"
-        graph.replay()
-        torch.cuda.synchronize()
+    # A recording works on the tensors of its calls, which go with these.
+    return partial(replay, graph, calls)
 
-    return replay
+
+def replay(graph: torch.cuda.CUDAGraph, _calls: object) -> None:
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 def timed(work: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Medians in ms, with clock and power while there was no rest."""
+    """Medians in ms, with clock and power while there was no rest, if they are known."""
     for _ in range(3):
         work()
     rested = []
@@ -113,14 +112,14 @@ def timed(work: Callable[[], object], seconds: float) -> dict[str, float]:
         begun_s = time.monotonic()
         while time.monotonic() < begun_s + seconds:
             times.append(once_ms(work))
-    late = samples[len(samples) // 2 :]
-    clocks, powers = zip(*late, strict=True) if late else ((0.0,), (0.0,))
-    return {
+    told = {
         "rested_ms": statistics.median(rested),
-        "sustained_ms": statistics.median(times[len(times) // 2 :]),
-        "clock_mhz": statistics.mean(clocks),
-        "power_w": statistics.mean(powers),
+        "without_rest_ms": statistics.median(times[len(times) // 2 :]),
     }
+    late = samples[len(samples) // 2 :]
+    if late:
+        told["clock_mhz"], told["power_w"] = map(statistics.mean, zip(*late, strict=True))
+    return told
 
 
 def once_ms(work: Callable[[], object]) -> float:
@@ -132,7 +131,8 @@ def once_ms(work: Callable[[], object]) -> float:
 @contextmanager
 def watched() -> Iterator[list[tuple[float, float]]]:
     """Clock in MHz and power in W, as nvidia-smi tells them meanwhile; empty where it is not."""
-    command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader,nounits", "-lms", "20"]
+    of = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", "-i", of, f"--query-gpu={ASKED}", *AS_NUMBERS]
     samples: list[tuple[float, float]] = []
     try:
         asked = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -143,8 +143,9 @@ def watched() -> Iterator[list[tuple[float, float]]]:
     def read() -> None:
         assert asked.stdout is not None, "asked for above"
         for line in asked.stdout:
-            clock, power = line.split(",")
-            samples.append((float(clock), float(power)))
+            with suppress(ValueError):  # what a driver does not know
+                clock, power = map(float, line.split(","))
+                samples.append((clock, power))
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -26,6 +26,7 @@ from fluxcore.pipeline.denoise import (
     DenoiseStep,
     Denoising,
     Inpainting,
+    Velocity,
     denoise,
 )
 from fluxcore.pipeline.embedding_store import EmbeddingStore
@@ -131,7 +132,7 @@ class FluxPipeline:
 
     @property
     def begins_ahead(self) -> bool:
-        """Whether a job's prompt can be queued behind another job's last work.
+        """Whether a job's prompt and first step can be queued behind another job's last work.
 
         Not where the encoder's layers come from the host: queueing then takes as long as the work.
         """
@@ -373,6 +374,10 @@ class FluxPipeline:
         """
         return Run(self, params, alone=alone)
 
+    def is_recorded(self, call: Velocity) -> bool:
+        """Whether a step is launched at once: no recording, which waits for the device, is due."""
+        return self.runtime.has_recorded(self.transformer, call)
+
     def share(self, run: Run, count: int) -> float:
         """Time of a step of one of so many jobs like this one, taken as one, of its time alone.
 
@@ -419,7 +424,7 @@ class FluxPipeline:
     def forget(self) -> None:
         """Drop what is kept for reuse, in which a fault of the device may have been kept.
 
-        A prompt that was queued for a run before its first slice is then encoded anew.
+        What was queued for a run before its first slice is then done anew.
         """
         self.faults += 1
         self.conditioning_cache.clear()
@@ -433,7 +438,7 @@ class FluxPipeline:
         dtype = self.runtime.dtypes.weights
         grid = _grid(params.width, params.height)
         channels = self.config.transformer.in_channels
-        pinned = self.runtime.device.type == "cuda"
+        pinned = self.runtime.copies_from_pinned
         drawn = draw_noise(params.seeds[image_index], channels, grid, pinned=pinned)
         noise = self.runtime.placed(drawn.transpose(1, 2), dtype).transpose(1, 2).contiguous()
         inpainting = None

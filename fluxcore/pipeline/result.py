@@ -103,7 +103,8 @@ class GenerationResult:
             the device's work being waited for in each. "trial" is there where the first pictures
             of a size were used to find out whether to draw them side by side.
         peak_bytes: peak memory of the device, as ``Runtime.peak_bytes`` defines it, with
-            whatever else ran meanwhile; on CUDA since the run that began last.
+            whatever else ran meanwhile; on CUDA since the run that began last. What was queued
+            before the run's first slice counts for the run before it.
         cache_hit: whether the prompt's conditioning was at hand.
     """
 

@@ -157,7 +157,7 @@ class Run(Iterator[Progress]):
         with self.times.stage("text", waits=False):
             text = self._begun_text()
             if params.width * params.height <= QUICK_PIXELS:
-                self._begin_behind_the_text(text)
+                self._begin_behind_the_text(text, is_meanwhile=True)
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Have something done when all of the job is queued, before the last of it is waited for.
@@ -322,30 +322,36 @@ class Run(Iterator[Progress]):
         """The prompts, queued if they are not. Not those of before a fault that came to light."""
         pipe = self.pipe
         if self._text is None or self._text.faults != pipe.faults:
-            self._next = None
+            self._next = self._like = None
             self._pictures.clear()
             self.begun.clear()
             positive, negative = pipe.encode_text(self._job)
             self._text = BegunText(positive, negative, pipe.runtime.mark(), pipe.faults)
         return self._text
 
-    def _begin_behind_the_text(self, text: BegunText) -> None:
+    def _begin_behind_the_text(self, text: BegunText, *, is_meanwhile: bool = False) -> None:
         """Queue the first step, or what it needs, while the device is at what comes before it.
 
         A step only where no trial comes before it, and none could be taken as one with it.
+
+        Args:
+            is_meanwhile: somebody waits for another job's picture, and must not for a step that has
+                to be recorded.
         """
-        params = self._job.params
-        is_begun = self._next is not None or bool(self.begun)
-        if is_begun or self._job.request.references:
+        if self._pictures or self._job.request.references:
             return
         self._encoded = EncodedJob(text.positive, text.negative, NO_REFERENCES)
-        self._prepare_ahead(0)
+        if self._next is None:
+            self._prepare_ahead(0)
+        params, pipe = self._job.params, self.pipe
         is_simple = len(params.seeds) == 1 and params.guidance is None
-        if self.pipe.runtime.runs_ahead and is_simple and (self._alone or self._goes_alone):
+        if not (pipe.runtime.runs_ahead and is_simple and (self._alone or self._goes_alone)):
+            return
+        if not is_meanwhile or pipe.is_recorded(self._call()):
             begin_ahead((self,), most=1)
 
     def _prepare_ahead(self, index: int) -> None:
-        """Noise and the like of the next picture, while the device is busy with the last."""
+        """Noise and the like of a picture, while the device is busy with what comes before it."""
         if self.pipe.runtime.runs_ahead and index < len(self._job.params.seeds):
             with torch.inference_mode(), translated_errors():
                 self._next = self._denoising(index)
@@ -376,6 +382,7 @@ class Run(Iterator[Progress]):
 
     def _encode_again(self) -> None:
         """Prompt and references once more, in one go."""
+        self._like = None
         with self.times.stage("text"):
             positive, negative = self.pipe.encode_text(self._job)
         references = NO_REFERENCES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,13 +206,22 @@ class Runtime:
         """A pure function whose launches are recorded where that is done; see ``Graphs``."""
         return function if self.graphs is None else self.graphs.wrap(function, most_tokens)
 
+    def has_recorded(self, function: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """Whether a call of what was given to ``graphed`` needs nothing but to be launched."""
+        return self.graphs is not None and self.graphs.has(function, tuple(args))
+
+    @property
+    def copies_from_pinned(self) -> bool:
+        """Whether what lies in pinned memory comes to the device without a copy in between."""
+        return self.device.type == "cuda"
+
     def placed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of the host on the device, in another dtype.
 
         For CUDA it is rounded there, so that no threads of the host have to wait for processors,
         and copied behind what is queued, which nobody waits for.
         """
-        if self.device.type == "cuda":
+        if self.copies_from_pinned:
             source = x if x.nbytes <= STAGED_BYTES or x.is_pinned() else x.pin_memory()
             return source.to(self.device, non_blocking=True).to(dtype)
         return x.to(dtype).to(self.device)

@@ -93,6 +93,10 @@ class Graphs:
 
         return call
 
+    def has(self, function: Function, args: tuple[Any, ...]) -> bool:
+        """Whether a call would be played back."""
+        return _key(function, *tree_flatten(args)) in self._kept
+
     def clear(self) -> None:
         """Drop all recordings and their memory; they are made again when needed."""
         self._kept.clear()
@@ -102,7 +106,7 @@ class Graphs:
         leaves, form = tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         assert all(tensor.is_contiguous() for tensor in tensors), "one layout for each shape"
-        key = (function, form, *(_kind(leaf) for leaf in leaves))
+        key = _key(function, leaves, form)
         found = self._kept.get(key)
         if key in self._refused:
             return function(*args)
@@ -144,8 +148,12 @@ class Graphs:
         return first
 
 
-def _kind(leaf: Any) -> Any:
+def _key(function: Function, leaves: list[Any], form: TreeSpec) -> tuple[Any, ...]:
     """What must be equal for a recording to fit."""
+    return (function, form, *(_kind(leaf) for leaf in leaves))
+
+
+def _kind(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 

@@ -122,7 +122,7 @@ def test_what_is_queued_waits_for_nothing(tiny_checkpoint: Path) -> None:
     assert np.array_equal(decoding().pixels, expected)
 
 
-@pytest.mark.parametrize("known", ["new", "in memory", "on disk"])
+@pytest.mark.parametrize("known", ["new", "new size", "in memory", "on disk"])
 def test_a_job_that_begins_behind_another_waits_for_nothing(
     tiny_checkpoint: Path, tmp_path: Path, known: str
 ) -> None:
@@ -135,7 +135,11 @@ def test_a_job_that_begins_behind_another_waits_for_nothing(
         [pipe.generate(asked).pictures[0].pixels for _ in "12"][1] for asked in (first, second)
     ]
     pipe.conditioning_store.wait()
-    if known == "new":
+    if known == "new size":
+        assert pipe.runtime.graphs is not None
+        pipe.runtime.graphs.clear()
+        pipe.generate(first)
+    if known.startswith("new"):
         pipe.conditioning_cache.clear()
     elif known == "on disk":
         pipe.conditioning_cache.forget_memory()

@@ -142,13 +142,13 @@ class Held:
         assert self.engine.status().is_alive
 
 
-def submit(engine: Engine, prompt: str, options: JobOptions | None = None, width: int = 64) -> Job:
-    params = GenerationParams(prompt=prompt, steps=2, width=width, height=64)
+def submit(engine: Engine, prompt: str, options: JobOptions | None = None) -> Job:
+    params = GenerationParams(prompt=prompt, steps=2, width=64, height=64)
     return engine.submit(params, Packing(), prompt, options or JobOptions())
 
 
 def submit_held(
-    live: Live, *prompts: str, two: JobOptions | None = None, width: int = 64
+    live: Live, *prompts: str, two: JobOptions | None = None
 ) -> tuple[AheadPipeline, list[Job]]:
     pipeline = live.pipeline
     assert isinstance(pipeline, AheadPipeline)
@@ -156,7 +156,7 @@ def submit_held(
     pipeline.close_gate()
     jobs = [submit(live.engine, "one")]
     assert pipeline.started.wait(PATIENCE_S)
-    jobs += [submit(live.engine, prompt, two, width) for prompt in prompts]
+    jobs += [submit(live.engine, prompt, two) for prompt in prompts]
     pipeline.gate.set()
     assert pipeline.at_end.wait(PATIENCE_S)
     return pipeline, jobs
@@ -417,9 +417,9 @@ def test_pictures_of_jobs_begun_ahead_are_the_same(
         assert go_on.wait(PATIENCE_S)
         return encode_text(pipe, job)
 
-    def noted(run: Run, **given: bool) -> None:
+    def noted(run: Run) -> None:
         begun.append(1)
-        begin(run, **given)
+        begin(run)
 
     monkeypatch.setattr(Runtime, "runs_ahead", True)
     monkeypatch.setattr(Run, "begin", noted)

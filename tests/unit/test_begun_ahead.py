@@ -1,9 +1,10 @@
-"""A job whose prompt is queued behind another's end: the same pictures, and nobody waits for it."""
+"""A job that is begun behind another's end: the same pictures, and nobody waits for it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 from fluxcore import FluxPipeline, GenerationParams
 from fluxcore.errors import OutOfMemoryError
 from fluxcore.pipeline import ConditioningCache, GenerationResult
+from fluxcore.pipeline.encoded import NO_REFERENCES, EncodedJob
 from fluxcore.pipeline.joint_steps import JointSteps
 from fluxcore.pipeline.run import QUICK_CHARS, Run
 from fluxcore.runtime import Runtime
+from fluxcore.runtime.graphs import Graphs
 from tests.unit.running_ahead import told_ahead
 from tests.unit.test_pipeline import LONG, finish, painting, params, pixels
 from tests.unit.test_pipeline_faults import faulty
@@ -30,6 +33,7 @@ def pipe(tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> FluxPi
     """The shared model on a device that runs ahead, with an empty cache of its own."""
     monkeypatch.setattr(tiny_pipeline, "conditioning_cache", ConditioningCache(2**28))
     monkeypatch.setattr(Runtime, "runs_ahead", True)
+    monkeypatch.setattr(Runtime, "has_recorded", lambda *_: True)
     return tiny_pipeline
 
 
@@ -97,18 +101,20 @@ def test_it_draws_and_tells_the_same(pipe: FluxPipeline, asked: GenerationParams
     assert [fields(finished(ending)), fields(finished(ahead))] == expected
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_with_guidance_both_prompts_are_begun(
-    tiny_base_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_base_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     monkeypatch.setattr(Runtime, "runs_ahead", True)
     base = FluxPipeline.load(tiny_base_checkpoint, device="cpu", dtype="float32")
     asked = params("a fox", guidance=3.0, negative_prompt=LONG)
     expected = fields(finished(base.run(asked)))
     base.conditioning_cache.clear()
-    with faulty(base.text_encoder) as encodings:
-        ahead = base.run(asked)
+    monkeypatch.setattr(Runtime, "has_recorded", lambda *_: True)
+    with faulty(base.text_encoder) as encodings, faulty(base.transformer) as steps:
+        ahead = base.run(asked, alone=alone)
         ahead.begin()
-        assert len(encodings) == 2
+        assert (len(encodings), len(steps)) == (2, 0), "no step, of which there are two kinds"
         assert fields(finished(ahead)) == expected
         assert len(encodings) == 2
 
@@ -188,6 +194,42 @@ def test_what_is_queued_behind_the_prompt(
     assert "text" not in told
 
 
+def test_no_step_that_has_to_be_recorded_is_queued_while_somebody_waits(
+    pipe: FluxPipeline, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "has_recorded", lambda *_: False)
+    ending = to_its_end(pipe.run(params("a red fox")))
+    ahead = pipe.run(params("a blue star"))
+    told.clear()
+    ahead.begin()
+    assert told == ["text", "prepared"]
+    finished(ending)
+    told.clear()
+    next(ahead)
+    assert told[0] == "begun", "in its turn, and before its text is waited for"
+    finished(ahead)
+    assert "prepared" not in told
+
+
+def test_what_would_be_played_is_asked_of_the_steps_own_recordings(
+    tiny_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        return function(), lambda: None
+
+    runtime = replace(tiny_pipeline.runtime, graphs=Graphs(2, record))
+    monkeypatch.setattr(tiny_pipeline, "runtime", runtime)
+    step = runtime.graphed(tiny_pipeline.transformer, 4096)
+    job = tiny_pipeline.prepare(params())
+    encoded = EncodedJob(*tiny_pipeline.encode_text(job), NO_REFERENCES)
+    with torch.inference_mode():
+        (call,) = tiny_pipeline.denoising(job, 0, encoded).calls()
+        assert not tiny_pipeline.is_recorded(call)
+        step(*call)
+    assert tiny_pipeline.is_recorded(call)
+    assert not tiny_pipeline.is_recorded(call._replace(img=call.img[:, 1:]))
+
+
 def test_other_work_is_done_once_all_of_the_job_is_queued(pipe: FluxPipeline) -> None:
     told: list[str] = []
     run = pipe.run(params(n=2))
@@ -240,6 +282,33 @@ def test_what_was_prepared_before_a_fault_goes_where_the_prompt_is_known_again(
     assert len(decodings) == 1
 
 
+@pytest.mark.parametrize("is_faulty", [False, True])
+def test_no_trial_is_made_with_what_was_begun_before_a_fault(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, is_faulty: bool
+) -> None:
+    """Joined rows that are no numbers differ from themselves, and the size would go alone."""
+    monkeypatch.setattr(pipe, "joint", JointSteps(by_rows(pipe), pipe.runtime, "exact"))
+    monkeypatch.setattr(JointSteps, "_took_s", lambda _, work, tries=3: (work(), 0.01)[1])
+    ahead = pipe.run(params("a blue star"))
+    with faulty(pipe.text_encoder, NAN) if is_faulty else nullcontext():
+        ahead.begin()
+    if is_faulty:
+        pipe.forget()
+    next(ahead)
+    assert pipe.share(ahead, 2) == 0.5
+    ahead.close()
+
+
+def by_rows(pipe: FluxPipeline) -> Callable[..., Tensor]:
+    """Steps whose rows do not depend on each other."""
+
+    def velocities(img: Tensor, txt: Tensor, *shared: Any) -> Tensor:
+        rows = zip(img.split(1), txt.split(1), strict=True)
+        return torch.cat([pipe.transformer(*row, *shared) for row in rows])
+
+    return velocities
+
+
 def test_a_fault_in_the_ending_picture_reaches_neither(pipe: FluxPipeline) -> None:
     asked = [params("a red fox"), params("a blue star")]
     expected = [pixels(pipe.generate(one)) for one in asked]
@@ -287,11 +356,26 @@ def test_one_that_does_not_fit_can_be_given_up_and_begun_later(pipe: FluxPipelin
     assert not torch.is_inference_mode_enabled()
 
 
+def test_one_whose_first_step_does_not_fit_takes_it_in_its_turn(
+    pipe: FluxPipeline, told: list[str]
+) -> None:
+    expected = pixels(pipe.generate(params()))
+    pipe.conditioning_cache.clear()
+    told.clear()
+    with faulty(pipe.transformer, torch.OutOfMemoryError("CUDA out of memory")):
+        ahead = pipe.run(params())
+        with pytest.raises(OutOfMemoryError):
+            ahead.begin()
+    assert pixels(finished(ahead)) == expected
+    assert told.count("prepared") == 1
+
+
 def test_one_that_is_given_up_holds_nothing(pipe: FluxPipeline) -> None:
     ahead = pipe.run(params())
     ahead.begin()
-    assert ahead._text is not None
+    assert ahead._text is not None and ahead._pictures and ahead.begun
     ahead.close()
-    assert [ahead._next, ahead._text, ahead._encoded] == [None] * 3
+    assert [ahead._next, ahead._like, ahead._text, ahead._encoded] == [None] * 4
+    assert not ahead._pictures and not ahead.begun
     with pytest.raises(StopIteration):
         next(ahead)

@@ -101,6 +101,17 @@ def test_the_least_recently_used_goes_first(recorder: Recorder) -> None:
     assert same(call(*inputs(2, 5.0)), total(*inputs(2, 5.0)))
 
 
+def test_it_is_known_what_would_be_played(recorder: Recorder) -> None:
+    graphs = Graphs(1, recorder)
+    call = graphs.wrap(total, 100)
+    assert not graphs.has(total, inputs(4, 1.0))
+    call(*inputs(4, 1.0))
+    assert graphs.has(total, inputs(4, 2.0))
+    assert not graphs.has(total, inputs(5, 1.0)) and not graphs.has(same, inputs(4, 1.0))
+    call(*inputs(5, 1.0))
+    assert not graphs.has(total, inputs(4, 1.0)), "the least recently used goes"
+
+
 def test_long_calls_are_not_recorded(recorder: Recorder) -> None:
     call = Graphs(2, recorder).wrap(total, most_tokens=4)
     assert same(call(*inputs(5, 1.0)), total(*inputs(5, 1.0)))
