@@ -4,7 +4,8 @@
 
 At its limit of power a GPU lowers its clock, so that what it does once it does not keep up. A
 picture is drawn from text to pixels, and then as a floor no more than its matrix products,
-attention and convolutions, each in the fastest form that ``fluxd bench`` finds, as one recording.
+attention and convolutions, as the plain form has them and each in the fastest form that ``fluxd
+bench`` finds, as one recording.
 Each is timed after a rest, and then again and again for some seconds, of which the last half
 counts. Clock and power are nvidia-smi's. The last line is JSON.
 """
@@ -17,7 +18,6 @@ import statistics
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -75,9 +75,9 @@ def picture(pipe: FluxPipeline, side: int, steps: int) -> Callable[[], object]:
 def floor(pipe: FluxPipeline, side: int, steps: int) -> Callable[[], object]:
     """Does a picture's products, attention and convolutions, one kind after the other."""
     stages = stage_work(pipe.config, side, side, steps)
-    whole: Work = Counter(stages["text"] + stages["text tokens"] + stages["vae"])
-    for part, count in stages["step"].items():
-        whole[part] += steps * count
+    whole: Work = stages["text"] + stages["text tokens"] + stages["vae"]
+    for _ in range(steps):
+        whole += stages["step"]
     rates = Rates(pipe.runtime)
     calls = [(rates.fastest(part), count) for part, count in whole.items()]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
