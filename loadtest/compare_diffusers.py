@@ -2,12 +2,15 @@
 
     python loadtest/compare_diffusers.py CHECKPOINT --sizes 256 512 --runs 5 --compiled
     python loadtest/compare_diffusers.py CHECKPOINT --separate
+    python loadtest/compare_diffusers.py CHECKPOINT --http
 
 All engines are loaded into one process and draw in turns, so that what else the machine
 does falls on all of them. With --compiled, diffusers draws a second time with its
-transformer and decoder compiled; its text encoder stays as it is. Where two models do not
-fit, or a peak of memory is asked for, which belongs to a process, --separate gives each
-engine a process of its own, one after the other.
+transformer and decoder compiled; its text encoder stays as it is. With --http a service of
+its own takes turns with them: its total is from the request to all of the PNG file, while the
+others' end with a picture in memory. Where two models do not fit, or a peak of memory is
+asked for, which belongs to a process, --separate gives each engine a process of its own, one
+after the other.
 
 All get the same prompt, seed and sizes, and so the same noise. The distance of their
 conditioning, final latents and pictures from eager diffusers is printed next to the
@@ -17,6 +20,7 @@ times, so that a fast wrong answer shows. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import subprocess
@@ -24,12 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fluxcore.runtime import host_peak_bytes
 
@@ -38,7 +44,8 @@ Times = dict[str, float]
 
 PROMPT = "a lighthouse on a cliff above a stormy sea, oil painting"
 SEED = 42
-FLUXD, EAGER, COMPILED = "fluxd", "diffusers", "diffusers compiled"
+FLUXD, HTTP = "fluxd", "fluxd over HTTP"
+EAGER, COMPILED = "diffusers", "diffusers compiled"
 
 
 @dataclass
@@ -49,8 +56,8 @@ class Drawn:
     """
 
     times: Times
-    embeddings: np.ndarray
-    latents: np.ndarray
+    embeddings: np.ndarray | None  # None where only the picture is told
+    latents: np.ndarray | None
     picture: np.ndarray
 
 
@@ -70,11 +77,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--compiled", action="store_true", help="compiled diffusers, too")
+    parser.add_argument("--http", action="store_true", help="a service of its own, too")
     parser.add_argument("--separate", action="store_true", help="a process for each engine")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    names = [FLUXD, EAGER, *([COMPILED] if args.compiled else [])]
+    names = [FLUXD, *([HTTP] if args.http else []), EAGER]
+    names += [COMPILED] if args.compiled else []
     if args.engine:
         print(json.dumps(compare(args, [args.engine])))
         return
@@ -85,7 +94,14 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Load the engines, let them draw in turns, and measure how far apart they are."""
-    engines, report = load(args, names), {"start": {}, "sizes": {}}
+    with ExitStack() as opened:
+        return _compare(args, load(args, names, opened))
+
+
+def _compare(
+    args: argparse.Namespace, engines: Mapping[str, tuple[Engine, dict[str, float]]]
+) -> dict[str, Any]:
+    report: dict[str, Any] = {"start": {}, "sizes": {}}
     report["start"] = {name: found for name, (_, found) in engines.items()}
     for side in args.sizes:
         drawn: dict[str, list[Drawn]] = {name: [] for name in engines}
@@ -130,9 +146,9 @@ def compare_apart(args: argparse.Namespace, names: Sequence[str]) -> dict[str, A
 
 
 def load(
-    args: argparse.Namespace, names: Sequence[str]
+    args: argparse.Namespace, names: Sequence[str], opened: ExitStack
 ) -> dict[str, tuple[Engine, dict[str, float]]]:
-    """The engines by name, and how long each took to load."""
+    """The engines by name, and how long each took to load; ``opened`` ends a service."""
     from fluxcore.runtime import choose_runtime
 
     runtime = choose_runtime(args.device, args.dtype)
@@ -144,6 +160,8 @@ def load(
         engine: Engine
         if name == FLUXD:
             engine = Fluxd(args)
+        elif name == HTTP:
+            engine = OverHttp(args, opened)
         else:
             theirs = theirs or load_diffusers(args.checkpoint, device, dtype)
             engine = Diffusers(theirs, args.steps, runtime.synchronize, compiled=name == COMPILED)
@@ -179,6 +197,26 @@ class Fluxd:
         return Drawn(
             result.timings, _host(embeddings), _host(latents[-1]), np.asarray(result.images[0])
         )
+
+
+class OverHttp:
+    """Ours as a client meets it, with the same settings, in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, opened: ExitStack) -> None:
+        from served import Service
+
+        sizes = ",".join(f"{side}x{side}" for side in args.sizes)
+        chosen = [f"device={args.device}", f"dtype={args.dtype}", f"warm_up_sizes={sizes}"]
+        chosen += ["conditioning_cache_bytes=0", *args.settings]
+        self._service = opened.enter_context(Service(args.checkpoint, chosen))
+        self._steps = args.steps
+
+    def draw(self, side_px: int) -> Drawn:
+        asked = {"prompt": PROMPT, "size": f"{side_px}x{side_px}", "seed": SEED}
+        answer = self._service.draw({**asked, "steps": self._steps, "guidance": 1.0})
+        with Image.open(io.BytesIO(answer.png)) as picture:
+            pixels = np.asarray(picture)
+        return Drawn({**answer.stages_ms, "total": answer.took_ms}, None, None, pixels)
 
 
 def load_diffusers(checkpoint: Path, device: str, dtype: torch.dtype) -> Any:
@@ -283,14 +321,16 @@ def _summary(made: Sequence[Drawn]) -> dict[str, Any]:
 def _save(place: Path, side: int, drawn: Mapping[str, Drawn]) -> None:
     for name, made in drawn.items():
         arrays = {"embeddings": made.embeddings, "latents": made.latents, "picture": made.picture}
-        np.savez(place / f"{name}-{side}.npz", **arrays)
+        kept = {what: array for what, array in arrays.items() if array is not None}
+        np.savez(place / f"{name}-{side}.npz", **kept)
 
 
 def _load_kept(place: Path, side: int, names: Sequence[str]) -> dict[str, Drawn]:
     found = {}
     for name in names:
         with np.load(place / f"{name}-{side}.npz") as kept:
-            found[name] = Drawn({}, kept["embeddings"], kept["latents"], kept["picture"])
+            arrays = kept.get("embeddings"), kept.get("latents"), kept["picture"]
+            found[name] = Drawn({}, *arrays)
     return found
 
 
@@ -308,6 +348,8 @@ def distance(ours: Drawn, theirs: Drawn) -> dict[str, float]:
     """Relative root mean square of tensors; of pictures mean, largest and PSNR of 255."""
     found = {}
     for name in ("embeddings", "latents"):
+        if getattr(ours, name) is None:
+            continue
         a, b = getattr(ours, name).astype(np.float64), getattr(theirs, name).astype(np.float64)
         found[f"{name}_relative_rms"] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     apart = np.abs(ours.picture.astype(int) - theirs.picture.astype(int))
@@ -320,9 +362,9 @@ def distance(ours: Drawn, theirs: Drawn) -> dict[str, float]:
 
 def _print_table(report: Mapping[str, Any], names: Sequence[str]) -> None:
     def row(label: str, values: Sequence[float]) -> None:
-        print(f"{label:32}" + "".join(f"{value:20.4g}" for value in values))
+        print(f"{label:28}" + "".join(f"{value:19.4g}" for value in values))
 
-    print(f"{'':32}" + "".join(f"{name:>20}" for name in names))
+    print(f"{'':28}" + "".join(f"{name:>19}" for name in names))
     row("load, s", [report["start"][name]["load_s"] for name in names])
     if isinstance(report["host_peak_gb"], dict):
         row("host peak, GB", [report["host_peak_gb"][name] for name in names])

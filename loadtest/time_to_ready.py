@@ -12,19 +12,13 @@ the next one. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HOST = "127.0.0.1"
-START = "from app.cli import main; main()"
+from served import Service
 
 
 def main() -> None:
@@ -37,63 +31,25 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE; repeatable")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds until ready, at most")
     args = parser.parse_args()
-    with socket.create_server((HOST, 0)) as free:
-        port: int = free.getsockname()[1]
     chosen = [f"warm_up_sizes={','.join(args.sizes)}", f"data_dir={args.data}", *args.set]
-    command = [sys.executable, "-c", START, "serve", "--model", str(args.checkpoint)]
-    command += ["--port", str(port)]
-    for setting in chosen:
-        command += ["--set", setting]
-    # Where the package is not installed, it is found from here.
-    path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
-    begun_s = time.monotonic()
-    service = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-    try:
-        wait_until_ready(service, port, args.wait)
-        found: dict[str, Any] = {"ready_s": time.monotonic() - begun_s, "sizes": {}}
+    with Service(args.checkpoint, chosen, args.wait) as service:
+        found: dict[str, Any] = {"ready_s": service.ready_s, "sizes": {}}
         print(f"ready after {found['ready_s']:.1f} s", flush=True)
         for size in args.sizes:
-            found["sizes"][size] = ask(port, size, args.runs, args.pause)
+            found["sizes"][size] = ask(service, size, args.runs, args.pause)
             told = ", ".join(f"{name} {ms:.1f}" for name, ms in found["sizes"][size].items())
             print(f"{size}: {told} ms", flush=True)
-    finally:
-        service.terminate()
-        service.wait(60)
     print(json.dumps(found))
 
 
-def wait_until_ready(service: subprocess.Popen[bytes], port: int, limit_s: float) -> None:
-    end_s = time.monotonic() + limit_s
-    while time.monotonic() < end_s:
-        if service.poll() is not None:
-            sys.exit(f"the service ended with status {service.returncode}")
-        try:
-            connection = http.client.HTTPConnection(HOST, port, timeout=5)
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    sys.exit(f"not ready after {limit_s:.0f} s")
-
-
-def ask(port: int, size: str, runs: int, pause_s: float) -> dict[str, float]:
+def ask(service: Service, size: str, runs: int, pause_s: float) -> dict[str, float]:
     """Medians in ms: request to PNG as the client sees it, and what the service says of these."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=300)
 
     def draw(number: int) -> dict[str, float]:
-        body = {"prompt": f"picture {number} of a lighthouse, {size}", "size": size}
-        headers = {"Content-Type": "application/json", "Accept": "image/png"}
+        prompt = f"picture {number} of a lighthouse, {size}"
         time.sleep(pause_s)
-        began_s = time.perf_counter()
-        connection.request("POST", "/v1/generate", json.dumps({**body, "seed": number}), headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        took_ms = (time.perf_counter() - began_s) * 1000
-        if answer.status != 200:
-            sys.exit(f"the service answered {answer.status}: {content[:500]!r}")
-        return {"request to PNG": took_ms, **stages(answer.headers["Server-Timing"])}
+        answer = service.draw({"prompt": prompt, "size": size, "seed": number})
+        return {"request to PNG": answer.took_ms, **answer.stages_ms}
 
     first = draw(0)
     drawn = [draw(number) for number in range(1, runs + 1)]
@@ -101,12 +57,6 @@ def ask(port: int, size: str, runs: int, pause_s: float) -> dict[str, float]:
     times_ms = [one["request to PNG"] for one in drawn]
     spread = {"spread": max(times_ms) - min(times_ms), "first": first["request to PNG"]}
     return {"request to PNG": medians.pop("request to PNG"), **spread, **medians}
-
-
-def stages(told: str) -> dict[str, float]:
-    """Of a ``Server-Timing`` header, in ms."""
-    parts = (part.split(";dur=") for part in told.split(", "))
-    return {name: float(ms) for name, ms in parts}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtest import compare_diffusers
-from loadtest.compare_diffusers import EAGER, FLUXD, Drawn, compare
+from loadtest.compare_diffusers import EAGER, FLUXD, HTTP, Drawn, compare
 
 STAGES = {"text", "denoise", "decode", "total"}
 
@@ -29,15 +29,22 @@ def asked(checkpoint: Path) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module")
-def report(tiny_checkpoint: Path) -> dict[str, Any]:
-    return compare(asked(tiny_checkpoint), [FLUXD, EAGER])
+def report(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    given = asked(tiny_checkpoint)
+    given.settings = [f"data_dir={tmp_path_factory.mktemp('data')}"]
+    with pytest.MonkeyPatch.context() as patched:
+        # As it stands beside the program when that is run.
+        patched.syspath_prepend(Path(compare_diffusers.__file__).parent)
+        return compare(given, [FLUXD, HTTP, EAGER])
 
 
 def test_both_are_timed_by_stage(report: dict[str, Any]) -> None:
     engines = report["sizes"]["64"]["engines"]
-    assert list(engines) == [FLUXD, EAGER]
-    for found in engines.values():
-        assert set(found["median_ms"]) == STAGES and found["runs"] == 2
+    assert list(engines) == [FLUXD, HTTP, EAGER]
+    for name, found in engines.items():
+        told = STAGES | {"queue", "paused", "pack"} if name == HTTP else STAGES
+        assert set(found["median_ms"]) == told
+        assert found["runs"] == 2
         assert found["first_ms"] > 0 and min(found["median_ms"].values()) > 0
 
 
@@ -46,6 +53,17 @@ def test_they_draw_the_same_picture(report: dict[str, Any]) -> None:
     assert found["embeddings_relative_rms"] < 1e-5
     assert found["latents_relative_rms"] < 1e-5
     assert found["picture_max_abs"] <= 1
+
+
+def test_what_comes_over_http_is_that_picture(report: dict[str, Any]) -> None:
+    found = report["sizes"]["64"]["distances"][HTTP]
+    assert set(found) == {"picture_mean_abs", "picture_max_abs", "picture_psnr_db"}
+    assert found["picture_max_abs"] <= 1
+
+
+def test_a_service_takes_longer_than_its_stages(report: dict[str, Any]) -> None:
+    told = report["sizes"]["64"]["engines"][HTTP]["median_ms"]
+    assert told["total"] > told["text"] + told["denoise"] + told["decode"]
 
 
 def test_a_wrong_answer_shows() -> None:
