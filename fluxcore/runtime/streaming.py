@@ -4,7 +4,8 @@ Owns two buffers of the largest layer's size, the thread that fills the next one
 the device works, and the hooks that lend a buffer to a layer. Knows nothing of files or
 networks: a layer says how long it is and how to fill a buffer with it.
 
-The arithmetic is that of resident weights, value by value, so the pictures are the same.
+The arithmetic is that of resident weights, value by value, so the pictures are the same, but where
+a device's own kernels take resident weights in a layout of theirs.
 """
 
 from __future__ import annotations
