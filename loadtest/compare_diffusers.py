@@ -207,7 +207,9 @@ class OverHttp:
 
         sizes = ",".join(f"{side}x{side}" for side in args.sizes)
         chosen = [f"device={args.device}", f"dtype={args.dtype}", f"warm_up_sizes={sizes}"]
-        chosen += ["conditioning_cache_bytes=0", *args.settings]
+        # Nothing is left behind, unless a place for it is named among the settings.
+        kept = opened.enter_context(tempfile.TemporaryDirectory())
+        chosen += [f"data_dir={kept}", "conditioning_cache_bytes=0", *args.settings]
         self._service = opened.enter_context(Service(args.checkpoint, chosen))
         self._steps = args.steps
 

@@ -29,13 +29,11 @@ def asked(checkpoint: Path) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module")
-def report(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    given = asked(tiny_checkpoint)
-    given.settings = [f"data_dir={tmp_path_factory.mktemp('data')}"]
+def report(tiny_checkpoint: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         # As it stands beside the program when that is run.
         patched.syspath_prepend(Path(compare_diffusers.__file__).parent)
-        return compare(given, [FLUXD, HTTP, EAGER])
+        return compare(asked(tiny_checkpoint), [FLUXD, HTTP, EAGER])
 
 
 def test_both_are_timed_by_stage(report: dict[str, Any]) -> None:
