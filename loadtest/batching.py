@@ -31,16 +31,20 @@ LONGEST_S = 600.0
 
 
 def main() -> None:
+    from flags import as_settings, assignment, count, side_px
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256])
+    parser.add_argument(
+        "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
+    )
+    parser.add_argument("--sizes", type=side_px, nargs="+", default=[256])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=count, default=24)
+    parser.add_argument("--rounds", type=count, default=3)
     args = parser.parse_args()
-    given = dict(assignment.split("=", 1) for assignment in args.settings)
+    given: dict[str, Any] = {**as_settings(args.settings)}
     settings = Settings(model=args.model, device=args.device, data_dir="off", **given)
     pipe: Any = pipeline_loader(settings.model, settings)(lambda step: None)
     engines = {way: _engine(pipe, way) for way in WAYS}

@@ -8,7 +8,8 @@ All engines are loaded into one process and draw in turns, so that what else the
 does falls on all of them. With --compiled, diffusers draws a second time with its
 transformer and decoder compiled; its text encoder stays as it is. With --http a service of
 its own takes turns with them: its total is from the request to all of the PNG file, while the
-others' end with a picture in memory. Where two models do not fit, or a peak of memory is
+others' end with a picture in memory; its first picture comes after its warm-up, and its memory is
+not told. Where two models do not fit, or a peak of memory is
 asked for, which belongs to a process, --separate gives each engine a process of its own, one
 after the other.
 
@@ -68,20 +69,26 @@ class Engine(Protocol):
 
 
 def main() -> None:
+    from flags import assignment, count, side_px
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3, help="counted runs after the first one")
+    parser.add_argument("--sizes", type=side_px, nargs="+", default=[256])
+    parser.add_argument("--steps", type=count, default=4)
+    parser.add_argument("--runs", type=count, default=3, help="counted runs after the first one")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument(
+        "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
+    )
     parser.add_argument("--compiled", action="store_true", help="compiled diffusers, too")
     parser.add_argument("--http", action="store_true", help="a service of its own, too")
     parser.add_argument("--separate", action="store_true", help="a process for each engine")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not (args.checkpoint / "model_index.json").is_file():
+        parser.error(f"{args.checkpoint} is no directory of a model: it has no model_index.json")
     names = [FLUXD, *([HTTP] if args.http else []), EAGER]
     names += [COMPILED] if args.compiled else []
     if args.engine:
@@ -99,19 +106,19 @@ def compare(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _compare(
-    args: argparse.Namespace, engines: Mapping[str, tuple[Engine, dict[str, float]]]
+    args: argparse.Namespace, engines: Mapping[str, tuple[Engine, dict[str, float | None]]]
 ) -> dict[str, Any]:
     report: dict[str, Any] = {"start": {}, "sizes": {}}
     report["start"] = {name: found for name, (_, found) in engines.items()}
     for side in args.sizes:
         drawn: dict[str, list[Drawn]] = {name: [] for name in engines}
-        peaks: dict[str, float] = {}
+        peaks: dict[str, float | None] = {}  # a service's memory is its own process's
         for _ in range(args.runs + 1):
             for name, (engine, _) in engines.items():
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 drawn[name].append(engine.draw(side))
-                peaks[name] = _device_peak_bytes() / 1e9
+                peaks[name] = None if name == HTTP else _device_peak_bytes() / 1e9
         lasts = {name: made[-1] for name, made in drawn.items()}
         if args.keep:
             _save(args.keep, side, lasts)
@@ -135,7 +142,7 @@ def compare_apart(args: argparse.Namespace, names: Sequence[str]) -> dict[str, A
             child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(child.stdout.splitlines()[-1])
             report["start"] |= found["start"]
-            report["host_peak_gb"][name] = found["host_peak_gb"]
+            report["host_peak_gb"][name] = None if name == HTTP else found["host_peak_gb"]
             for side, of_size in found["sizes"].items():
                 place = report["sizes"].setdefault(side, {"engines": {}})
                 place["engines"] |= of_size["engines"]
@@ -147,13 +154,13 @@ def compare_apart(args: argparse.Namespace, names: Sequence[str]) -> dict[str, A
 
 def load(
     args: argparse.Namespace, names: Sequence[str], opened: ExitStack
-) -> dict[str, tuple[Engine, dict[str, float]]]:
+) -> dict[str, tuple[Engine, dict[str, float | None]]]:
     """The engines by name, and how long each took to load; ``opened`` ends a service."""
     from fluxcore.runtime import choose_runtime
 
     runtime = choose_runtime(args.device, args.dtype)
     device, dtype = str(runtime.device), runtime.dtypes.weights
-    found: dict[str, tuple[Engine, dict[str, float]]] = {}
+    found: dict[str, tuple[Engine, dict[str, float | None]]] = {}
     theirs: Any = None
     for name in names:
         begun = time.perf_counter()
@@ -166,7 +173,8 @@ def load(
             theirs = theirs or load_diffusers(args.checkpoint, device, dtype)
             engine = Diffusers(theirs, args.steps, runtime.synchronize, compiled=name == COMPILED)
         seconds = time.perf_counter() - begun
-        found[name] = (engine, {"load_s": seconds, "host_peak_gb": host_peak_bytes() / 1e9})
+        peak_gb = None if name == HTTP else host_peak_bytes() / 1e9
+        found[name] = (engine, {"load_s": seconds, "host_peak_gb": peak_gb})
     return found
 
 
@@ -177,7 +185,7 @@ class Fluxd:
         from app.main import pipeline_loader
         from app.settings import load_settings
 
-        flags = dict(assignment.split("=", 1) for assignment in args.settings)
+        flags = dict(one.split("=", 1) for one in args.settings)
         flags |= {"device": args.device, "dtype": args.dtype, "conditioning_store_bytes": 0}
         self._pipe: Any = pipeline_loader(args.checkpoint, load_settings(flags).values)(
             lambda step: None
@@ -209,13 +217,15 @@ class OverHttp:
         chosen = [f"device={args.device}", f"dtype={args.dtype}", f"warm_up_sizes={sizes}"]
         # Nothing is left behind, unless a place for it is named among the settings.
         kept = opened.enter_context(tempfile.TemporaryDirectory())
-        chosen += [f"data_dir={kept}", "conditioning_cache_bytes=0", *args.settings]
+        chosen += [f"data_dir={kept}", *args.settings]
+        chosen += ["conditioning_cache_bytes=0", "conditioning_store_bytes=0"]
         self._service = opened.enter_context(Service(args.checkpoint, chosen))
         self._steps = args.steps
 
     def draw(self, side_px: int) -> Drawn:
         asked = {"prompt": PROMPT, "size": f"{side_px}x{side_px}", "seed": SEED}
         answer = self._service.draw({**asked, "steps": self._steps, "guidance": 1.0})
+        assert not answer.is_cache_hit, "the prompt is to be read anew for every picture"
         with Image.open(io.BytesIO(answer.png)) as picture:
             pixels = np.asarray(picture)
         return Drawn({**answer.stages_ms, "total": answer.took_ms}, None, None, pixels)
@@ -363,8 +373,9 @@ def distance(ours: Drawn, theirs: Drawn) -> dict[str, float]:
 
 
 def _print_table(report: Mapping[str, Any], names: Sequence[str]) -> None:
-    def row(label: str, values: Sequence[float]) -> None:
-        print(f"{label:28}" + "".join(f"{value:19.4g}" for value in values))
+    def row(label: str, values: Sequence[float | None]) -> None:
+        shown = ("-" if value is None else f"{value:.4g}" for value in values)
+        print(f"{label:28}" + "".join(f"{value:>19}" for value in shown))
 
     print(f"{'':28}" + "".join(f"{name:>19}" for name in names))
     row("load, s", [report["start"][name]["load_s"] for name in names])

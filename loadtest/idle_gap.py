@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import json
 import statistics
+import sys
 import threading
 import time
 import urllib.request
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cached", action="store_true", help="one prompt for all jobs")
     args = parser.parse_args()
+    if args.jobs <= 2 * WARM_JOBS:
+        parser.error(f"--jobs must be more than {2 * WARM_JOBS}; the first and last are left out")
     settings = Settings(
         model=args.model,
         device=args.device,
@@ -161,8 +164,12 @@ def main() -> None:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
-    while not engine.status().is_ready:
+    while not (engine.status().is_ready or engine.has_failed):
         time.sleep(0.05)
+    if engine.has_failed:
+        server.should_exit = True
+        thread.join()
+        sys.exit("the model could not be loaded; the lines above tell why")
     watched[0].slices.clear()
     if watched[0].queue is not None:
         watched[0].queue.parts.clear()
@@ -197,9 +204,10 @@ def tell(who: str, gaps: Sequence[tuple[float, bool]], whole_ms: float, jobs: in
     for name, is_between in (("within a job", False), ("between jobs", True)):
         found = [gap for gap, between in gaps if between == is_between]
         if len(found) > 1:
+            tenths = statistics.quantiles(found, n=10, method="inclusive")
             print(
                 f"  gaps {name}: median {statistics.median(found):.3f} ms, "
-                f"p90 {statistics.quantiles(found, n=10)[-1]:.3f}, most {max(found):.3f}, "
+                f"p90 {tenths[-1]:.3f}, most {max(found):.3f}, "
                 f"n {len(found)}, share {sum(found) / whole_ms:.2%}"
             )
     print(f"  idle share {idle_ms / whole_ms:.2%}")

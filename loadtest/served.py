@@ -31,6 +31,7 @@ class Answer(NamedTuple):
     took_ms: float
     stages_ms: dict[str, float]
     png: bytes
+    is_cache_hit: bool
 
 
 class Service:
@@ -75,7 +76,8 @@ class Service:
         took_ms = (time.perf_counter() - began_s) * 1000
         if answer.status != HTTPStatus.OK:
             sys.exit(f"the service answered {answer.status}: {content[:500]!r}")
-        return Answer(took_ms, stages_of(answer.headers["Server-Timing"]), content)
+        is_hit = answer.headers["X-Fluxd-Cache-Hit"] == "true"
+        return Answer(took_ms, stages_of(answer.headers["Server-Timing"]), content, is_hit)
 
     def _wait_until_ready(self, end_s: float) -> None:
         while time.monotonic() < end_s:

@@ -39,14 +39,20 @@ AS_NUMBERS = ("--format=csv,noheader,nounits", "-lms", "20")
 
 
 def main() -> None:
+    from flags import as_settings, assignment, side_px
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--sizes", type=side_px, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=4.0, help="without rest")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument(
+        "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
+    )
     args = parser.parse_args()
-    given = dict(assignment.split("=", 1) for assignment in args.settings)
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU, and a PyTorch that can use it")
+    given: dict[str, Any] = {**as_settings(args.settings)}
     settings = Settings(model=args.checkpoint, device="cuda", data_dir="off", **given)
     pipe: Any = pipeline_loader(settings.model, settings)(lambda step: None)
     found: dict[str, dict[str, Any]] = {}

@@ -22,16 +22,20 @@ from served import Service
 
 
 def main() -> None:
+    from flags import assignment, count
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512", "1024x1024"])
-    parser.add_argument("--runs", type=int, default=15, help="pictures of each size")
+    parser.add_argument("--runs", type=count, default=15, help="pictures of each size")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds before each request")
     parser.add_argument("--data", type=Path, required=True, help="directory of the service")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
+    )
     parser.add_argument("--wait", type=float, default=300.0, help="seconds until ready, at most")
     args = parser.parse_args()
-    chosen = [f"warm_up_sizes={','.join(args.sizes)}", f"data_dir={args.data}", *args.set]
+    chosen = [f"warm_up_sizes={','.join(args.sizes)}", f"data_dir={args.data}", *args.settings]
     with Service(args.checkpoint, chosen, args.wait) as service:
         found: dict[str, Any] = {"ready_s": service.ready_s, "sizes": {}}
         print(f"ready after {found['ready_s']:.1f} s", flush=True)

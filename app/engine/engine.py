@@ -351,24 +351,15 @@ class Engine:
             if job.last_preview is not None:
                 # Begun before the pictures; watchers are to see it before the end.
                 _log_failure(job.last_preview)
-            broken = next((f.exception() for f in packed if f.exception() is not None), None)
-            if broken is not None:
-                logger.error("packing failed", exc_info=broken)
-                self._failed(job, InternalError("the picture could not be written as a file"))
-            else:
-                assert job.started_s is not None, "a drawn job was started"
-                paused_s = drawn_s - job.started_s - times.own_s
-                timings_ms = {
-                    "queue": (job.started_s - job.accepted_s) * 1000,
-                    **{name: ms for name, ms in result.timings.items() if name != "total"},
-                    **({"previews": times.previews_s * 1000} if times.previews_s else {}),
-                    "paused": max(0.0, paused_s) * 1000,
-                    "pack": (time.monotonic() - drawn_s) * 1000,
-                    "total": (time.monotonic() - job.accepted_s) * 1000,
-                }
+            try:
                 pictures = tuple(future.result() for future in packed)
+                timings_ms = _timings_ms(job, result, times, drawn_s)
                 fields = self._packed(job, result, pictures, timings_ms)
-            self._scheduler.packing(-1)
+            except Exception:
+                logger.exception("packing failed")
+                self._failed(job, InternalError("the picture could not be written as a file"))
+            finally:
+                self._scheduler.packing(-1)
             if fields is not None:
                 # Last, and not at once: writing it takes a while, and the thread that is to send
                 # the answer would wait for the interpreter all the while.
@@ -464,6 +455,20 @@ class Engine:
 
 def _defaults_of(model: Model) -> ModelDefaults:
     return ModelDefaults(model.default_side_px, model.default_steps, model.default_guidance)
+
+
+def _timings_ms(job: Job, result: Result, times: FlightTimes, drawn_s: float) -> dict[str, float]:
+    """What the job's time went to, now that its pictures, drawn at a moment, are packed."""
+    assert job.started_s is not None, "a drawn job was started"
+    now_s = time.monotonic()
+    return {
+        "queue": (job.started_s - job.accepted_s) * 1000,
+        **{name: ms for name, ms in result.timings.items() if name != "total"},
+        **({"previews": times.previews_s * 1000} if times.previews_s else {}),
+        "paused": max(0.0, drawn_s - job.started_s - times.own_s) * 1000,
+        "pack": (now_s - drawn_s) * 1000,
+        "total": (now_s - job.accepted_s) * 1000,
+    }
 
 
 def _log_failure(preview: Future[None]) -> None:

@@ -6,6 +6,7 @@ nothing of queues, threads or devices.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from app.engine.packing import PackedPicture, Packing
 from app.errors import ServiceError
 from app.tracing import JobTrace
 from fluxcore.params import GenerationParams
+
+logger = logging.getLogger(__name__)
 
 
 class JobState(StrEnum):
@@ -190,9 +193,8 @@ class Job:
         with self._lock:
             if self.future.done():
                 return False
+            _noted(note)
             self.state = JobState.COMPLETED
-            if note is not None:
-                note()
             self.future.set_result(outcome)
         self.events.emit(Settled())
         return True
@@ -202,9 +204,17 @@ class Job:
         with self._lock:
             if self.future.done():
                 return False
+            _noted(note)
             self.state = JobState.FAILED
-            if note is not None:
-                note()
             self.future.set_exception(error)
         self.events.emit(Settled())
         return True
+
+
+def _noted(note: Callable[[], None] | None) -> None:
+    """Whoever asked is answered, whatever becomes of the notes."""
+    try:
+        if note is not None:
+            note()
+    except Exception:
+        logger.exception("what became of a job could not be noted")

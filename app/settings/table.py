@@ -44,9 +44,9 @@ class Settings(BaseModel):
     )
     kernels: Literal["auto", "plain", "fused"] = Field(
         default="auto",
-        description="Plain: PyTorch's kernels; fused, which is auto: fluxd's own. On CUDA in "
-        "Triton, and, from Hopper on, cuDNN's attention; on a CPU with AMX, where g++ is, products "
-        "and attention.",
+        description="Plain: PyTorch's kernels; fused: fluxd's own; auto: those where there are "
+        "some. On CUDA in Triton, and, from Hopper on, cuDNN's attention; on a CPU with AMX, where "
+        "g++ is, products and attention.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="off",

@@ -75,10 +75,14 @@ class EmbeddingStore:
         self._waiting: list[Future[None]] = []
         self._has_warned = False
         self._warning = threading.Lock()
+        # Whether what it holds may be wrong and could not be removed.
+        self._is_spoilt = False
         self.hits = 0
 
     def load(self, ids: TokenIds) -> Tensor | None:
         """The embeddings of these ids, on the device; None where there are none to be trusted."""
+        if self._is_spoilt:
+            return None
         path = self._path(ids)
         try:
             with path.open("rb") as stream:
@@ -100,10 +104,14 @@ class EmbeddingStore:
             self._in_background(self._write, self._path(ids), self._begin_to_host(embeddings))
 
     def forget(self) -> None:
-        """Remove all that is kept."""
+        """Remove all that is kept; what cannot be removed is not read any more."""
         self.wait()
         for path in self._directory.glob(f"*{SUFFIX}"):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._is_spoilt = True
+                self._warn(f"{path} cannot be removed: {error}; the store is not read any more")
 
     def wait(self) -> None:
         """Wait until everything is written."""

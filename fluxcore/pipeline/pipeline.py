@@ -427,9 +427,9 @@ class FluxPipeline:
         What was queued for a run before its first slice is then done anew.
         """
         self.faults += 1
-        self.conditioning_cache.clear()
         self.rope_tables.clear()
         self.modulations.clear()
+        self.conditioning_cache.clear()
 
     def _denoise_inputs(
         self, job: PreparedJob, image_index: int, encoded: EncodedJob

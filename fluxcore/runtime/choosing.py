@@ -47,14 +47,14 @@ def choose_runtime(
             ``cuda:N`` or ``cpu``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         precision: ``bf16``, which multiplies in dtype, ``fp8`` or ``int8``.
-        kernels: ``plain``, or ``fused``, which is what ``auto`` takes: fluxd's own where there
-            are some, on CUDA and on CPUs with AMX.
+        kernels: ``plain``; ``auto``, which takes fluxd's own where there are some, on CUDA and on
+            CPUs with AMX; or ``fused``, which insists on them.
         compile_networks: ``auto``, ``on`` or ``off``.
         cuda_graphs: recordings that are kept at most; has no effect but on CUDA.
 
     Raises:
-        DeviceUnavailableError: it is not there, not in that dtype or precision, or cannot
-            compile.
+        DeviceUnavailableError: it is not there, not in that dtype or precision, cannot
+            compile, or has no kernels of fluxd's own where these are asked for.
     """
     if device == "auto":
         device = next(kind for kind in KINDS if _available(kind))
@@ -87,6 +87,12 @@ def choose_runtime(
         raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
     compiling = compiles(kind, compile_networks)
     packs = kind == "cpu" and dtypes.weights == torch.bfloat16 and kernels != "plain"
+    amx = amx_products() if packs and not compiling else None
+    if kernels == "fused" and not fuses and amx is None:
+        raise DeviceUnavailableError(
+            "kernels fused needs device cuda, or a CPU with AMX, Linux, g++, dtype bfloat16 and "
+            "compile off; set kernels to auto"
+        )
     return Runtime(
         device=place,
         kind=kind,
@@ -95,7 +101,7 @@ def choose_runtime(
         capability=capability,
         precision=precision,
         fuses=fuses,
-        amx=amx_products() if packs and not compiling else None,
+        amx=amx,
         compiles=compiling,
         graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
     )

@@ -1,7 +1,9 @@
 """torch.compile: whether it can be used here, where its work is kept, and how it is called.
 
 Owns nothing of what is compiled. One compiled form serves all sizes of picture, so that
-a size that was never asked for before does not wait for a compiler.
+a size that was never asked for before does not wait for a compiler. There are exceptions, each of
+which it compiles for once: PyTorch takes two sizes that are equal at first, such as tokens and
+channels, for one; and on a CPU it convolves very small pictures in another way.
 """
 
 from __future__ import annotations

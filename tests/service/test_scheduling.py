@@ -284,6 +284,35 @@ def test_a_picture_that_cannot_be_packed_is_an_error_of_its_own(start_live: Star
     assert live.generate("next").status_code == 200
 
 
+@pytest.mark.parametrize("prompt", ["a fox", "fail"])
+def test_a_job_that_cannot_be_noted_is_answered(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no metrics today")
+
+    live = start_live()
+    expected = live.generate(prompt).status_code
+    for name in ("completed", "failed"):
+        monkeypatch.setattr(live.engine.metrics, name, refuse)
+    assert live.generate(prompt).status_code == expected
+    wait_until(lambda: live.engine.is_idle)
+
+
+def test_a_job_whose_answer_cannot_be_made_is_answered_and_gives_its_place_back(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no answer today")
+
+    live = start_live()
+    with monkeypatch.context() as patched:
+        patched.setattr(live.engine, "_packed", refuse)
+        assert live.generate("first").status_code == 500
+    wait_until(lambda: live.engine.is_idle)
+    assert live.generate("next").status_code == 200
+
+
 def test_what_the_model_refuses_names_the_request_field(start_live: StartLive) -> None:
     answer = start_live().generate("unfit")
     assert answer.status_code == 400

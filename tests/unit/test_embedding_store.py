@@ -275,3 +275,26 @@ def test_the_empty_prompt_of_a_base_model_is_at_hand_whatever_came_between(
     pipe.encode_prompt("a fox")
     assert pipe.encode_prompt("").cache_hit
     assert not pipe.encode_prompt("a fox").cache_hit
+
+
+def test_what_cannot_be_removed_is_not_read_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = store(tmp_path)
+    for ids in ((1,), (2,)):
+        kept.save(ids, embeddings(1.0))
+    kept.wait()
+    removed = Path.unlink
+
+    def refuse_first(path: Path, missing_ok: bool = False) -> None:
+        if path == min(tmp_path.iterdir()):
+            raise OSError(30, "Read-only file system", str(path))
+        removed(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse_first)
+    kept.forget()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert kept.load((1,)) is None and kept.load((2,)) is None
+    assert kept.hits == 0
+    (warning,) = caplog.messages
+    assert "Read-only file system" in warning

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +235,28 @@ def test_a_fault_of_ours_is_not_dressed_up(pipe: FluxPipeline) -> None:
     with faulty(pipe.transformer, mistake), pytest.raises(RuntimeError) as caught:
         pipe.generate(REQUEST)
     assert caught.value is mistake
+
+
+def test_a_disk_that_fails_does_not_take_the_second_try(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    expected: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    stored = FluxPipeline.load(
+        tiny_checkpoint,
+        device="cpu",
+        dtype="float32",
+        conditioning_store=tmp_path,
+        conditioning_store_bytes=2**24,
+    )
+    stored.generate(REQUEST)
+    assert stored.conditioning_store is not None
+    stored.conditioning_store.wait()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with faulty(stored.vae.decoder, float("nan")) as decodings:
+        assert pixels(stored.generate(REQUEST)) == expected
+    assert len(decodings) == 2

@@ -209,6 +209,17 @@ def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.M
     assert (cpu.attention, cpu.vae_attention) == (plain_attention, plain_attention)
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_own_kernels_are_not_promised_where_there_are_none(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    machine(mps=device == "mps")
+    monkeypatch.setattr(choosing, "amx_products", lambda: None)
+    with pytest.raises(DeviceUnavailableError, match="set kernels to auto"):
+        choose_runtime(device, kernels="fused")
+    assert choose_runtime(device).describe()["kernels"] == "plain"
+
+
 def test_own_kernels_are_for_bfloat16_where_triton_is(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

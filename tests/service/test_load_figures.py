@@ -1,0 +1,92 @@
+"""What the load tools say of what they measured, and of command lines that they cannot follow."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from loadtest import flags, idle_gap
+from loadtest.run import Seen, quantile_of
+from tests.service.processes import ROOT, environment
+
+
+def seen(outcomes: dict[str, int], latencies_s: list[float]) -> Seen:
+    server = {"pictures": 1.0, "device_busy_s": 1.0}
+    waits_s = [0.0] * len(latencies_s)
+    return Seen("Server", 1, 1.0, 10.0, outcomes, latencies_s, waits_s, server)
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile", "expected"),
+    [(100, 0.99, 99), (100, 0.5, 50), (2, 0.5, 1), (3, 0.5, 2), (1, 0.99, 1), (99, 0.99, 99)],
+)
+def test_a_quantile_is_the_smallest_value_that_so_many_do_not_exceed(
+    count: int, quantile: float, expected: float
+) -> None:
+    assert quantile_of([float(value) for value in range(1, count + 1)], quantile) == expected
+    assert quantile_of([], quantile) is None
+
+
+def test_99_of_100_in_time_are_enough() -> None:
+    assert seen({"answered": 100}, [0.1] * 99 + [5.0]).meets(1.0)
+    assert not seen({"answered": 100}, [0.1] * 98 + [5.0] * 2).meets(1.0)
+
+
+@pytest.mark.parametrize("else_", ["failed", "wrong", "refused"])
+def test_a_rate_at_which_most_are_not_answered_is_not_kept_up(else_: str) -> None:
+    assert not seen({"answered": 10, else_: 90}, [0.1] * 10).meets(1.0)
+    assert not seen({else_: 5}, []).meets(1.0)
+
+
+def test_no_percentile_lies_above_the_largest_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    idle_gap.tell("it", [(1.0, True), (2.0, True), (2.1, True)], 100.0, 3)
+    told = capsys.readouterr().out
+    p90, most = (float(told.split(name)[1].split(",")[0]) for name in ("p90 ", "most "))
+    assert p90 <= most
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("compare_diffusers.py", "nowhere"), "no model_index.json"),
+        (("compare_diffusers.py", ".", "--sizes", "70"), "multiple of 16"),
+        (("time_to_ready.py", ".", "--data", ".", "--set", "foo"), "must be NAME=VALUE"),
+        (("idle_gap.py", "--jobs", "6"), "must be more than 6"),
+    ],
+)
+def test_a_command_line_is_refused_before_anything_is_loaded(
+    command: tuple[str, ...], told: str
+) -> None:
+    program, *arguments = command
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "loadtest" / program), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2 and told in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (flags.assignment, "a=b=c", "foo"),
+        (flags.count, "3", "0"),
+        (flags.count, "1", "-1"),
+        (flags.side_px, "64", "70"),
+    ],
+)
+def test_values_are_taken_or_refused_by_name(kind: object, right: str, wrong: str) -> None:
+    assert callable(kind)
+    assert str(kind(right)) == right
+    with pytest.raises(argparse.ArgumentTypeError, match="got"):
+        kind(wrong)
+
+
+def test_the_last_assignment_of_a_name_counts() -> None:
+    assert flags.as_settings(["a=1", "b=x=y", "a=2"]) == {"a": "2", "b": "x=y"}
