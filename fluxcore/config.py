@@ -168,7 +168,8 @@ class ConfigFile:
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise CheckpointNotFoundError(
-                f"{path} is missing; the checkpoint is incomplete, download it again"
+                f"{path} is missing; give the directory of a model in the layout of "
+                "black-forest-labs/FLUX.2-klein-4B, or download it again if it is incomplete"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointConfigError(f"{path} cannot be read: {error}") from error

@@ -40,7 +40,7 @@ def main() -> None:
         "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
     )
     parser.add_argument("--sizes", type=side_px, nargs="+", default=[256])
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=count, default=4)
     parser.add_argument("--jobs", type=count, default=24)
     parser.add_argument("--rounds", type=count, default=3)
     args = parser.parse_args()

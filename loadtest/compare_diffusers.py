@@ -185,9 +185,9 @@ class Fluxd:
         from app.main import pipeline_loader
         from app.settings import load_settings
 
-        flags = dict(one.split("=", 1) for one in args.settings)
-        flags |= {"device": args.device, "dtype": args.dtype, "conditioning_store_bytes": 0}
-        self._pipe: Any = pipeline_loader(args.checkpoint, load_settings(flags).values)(
+        given = dict(one.split("=", 1) for one in args.settings)
+        given |= {"device": args.device, "dtype": args.dtype, "conditioning_store_bytes": "0"}
+        self._pipe: Any = pipeline_loader(args.checkpoint, load_settings(given).values)(
             lambda step: None
         )
         self._steps = args.steps

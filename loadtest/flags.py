@@ -5,16 +5,22 @@ Each is a ``type`` for argparse, which tells what is wrong.
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
-from fluxcore.params import SIZE_MULTIPLE
+from fluxcore.params import MAX_SIDE_PX, MIN_SIDE_PX, SIZE_MULTIPLE
 
 
 def assignment(text: str) -> str:
-    """``NAME=VALUE``, a setting of the service."""
-    if "=" not in text:
+    """``NAME=VALUE``, a setting of the service. Values are checked where they are used."""
+    from app.settings import Settings
+
+    name, equals, _ = text.partition("=")
+    if not equals:
         raise ArgumentTypeError(f"must be NAME=VALUE; got {text!r}")
+    if name not in Settings.model_fields:
+        raise ArgumentTypeError(f"{name!r} is no setting; 'fluxd settings' lists them")
     return text
 
 
@@ -32,6 +38,21 @@ def count(text: str) -> int:
 
 def side_px(text: str) -> int:
     """Width and height of a picture, in pixels."""
-    if not text.isdecimal() or int(text) < 1 or int(text) % SIZE_MULTIPLE:
-        raise ArgumentTypeError(f"must be a multiple of {SIZE_MULTIPLE}; got {text!r}")
+    is_side = text.isdecimal() and MIN_SIDE_PX <= int(text) <= MAX_SIDE_PX
+    if not is_side or int(text) % SIZE_MULTIPLE:
+        raise ArgumentTypeError(
+            f"must be a multiple of {SIZE_MULTIPLE} from {MIN_SIDE_PX} to {MAX_SIDE_PX}; "
+            f"got {text!r}"
+        )
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ArgumentTypeError(f"must be seconds, 0 or more; got {text!r}")
+    return value

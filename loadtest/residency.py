@@ -1,4 +1,4 @@
-"""What each residency takes and costs: peak memory, start, text, steps, and the same picture.
+"""What each residency takes and costs: peak memory, start, text, steps; is the picture the same?
 
     python loadtest/residency.py [DIR] [--device auto] [--size 512] [--runs 3] [--limit-gb 8 16 24]
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,13 +101,15 @@ class Seen:
 
 
 def main() -> int:
+    from flags import count, side_px
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("url")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--seconds", type=int, default=30, help="of each mode and rate")
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--users", type=int, default=8, help="of Offline, Mixed and Leaving")
+    parser.add_argument("--seconds", type=count, default=30, help="of each mode and rate")
+    parser.add_argument("--side", type=side_px, default=256)
+    parser.add_argument("--steps", type=count, default=4)
+    parser.add_argument("--users", type=count, default=8, help="of Offline, Mixed and Leaving")
     parser.add_argument("--rates", type=float, nargs="+", help="of Server; default: by Offline")
     parser.add_argument("--bound", type=float, help="seconds; Server's p99 has to keep it")
     parser.add_argument("--output", type=Path, default=Path("load-report"))
@@ -118,6 +121,8 @@ def main() -> int:
         parser.error(f"{' and '.join(missing)} not installed; run: pip install -e '.[load]'")
     try:
         scrape(args.url)
+    except urllib.error.HTTPError as error:
+        parser.error(f"{args.url}/metrics answers {error}; it must be open to those without a key")
     except OSError as error:
         parser.error(f"nothing answers at {args.url}/metrics ({error}); start fluxd serve first")
     begun_s = time.monotonic()

@@ -92,7 +92,11 @@ class Service:
 
     def _end(self) -> None:
         self._process.terminate()
-        self._process.wait(ENDED_S)
+        try:
+            self._process.wait(ENDED_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def stages_of(told: str) -> dict[str, float]:

@@ -39,13 +39,13 @@ AS_NUMBERS = ("--format=csv,noheader,nounits", "-lms", "20")
 
 
 def main() -> None:
-    from flags import as_settings, assignment, side_px
+    from flags import as_settings, assignment, count, seconds, side_px
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", type=side_px, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=4.0, help="without rest")
+    parser.add_argument("--steps", type=count, default=4)
+    parser.add_argument("--seconds", type=seconds, default=4.0, help="without rest")
     parser.add_argument(
         "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"
     )

@@ -22,13 +22,13 @@ from served import Service
 
 
 def main() -> None:
-    from flags import assignment, count
+    from flags import assignment, count, seconds
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512", "1024x1024"])
     parser.add_argument("--runs", type=count, default=15, help="pictures of each size")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each request")
+    parser.add_argument("--pause", type=seconds, default=0.0, help="seconds before each request")
     parser.add_argument("--data", type=Path, required=True, help="directory of the service")
     parser.add_argument(
         "--set", action="append", default=[], type=assignment, dest="settings", metavar="NAME=VALUE"

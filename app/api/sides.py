@@ -21,7 +21,7 @@ _RATIO = re.compile(RATIO_PATTERN)
 
 
 class WithSides(Protocol):
-    """The fields of a request that tell its size. Units: pixels."""
+    """The fields of a request that tell its size. Units: pixels, but for ``megapixels``."""
 
     @property
     def width(self) -> int | None: ...

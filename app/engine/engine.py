@@ -351,13 +351,18 @@ class Engine:
             if job.last_preview is not None:
                 # Begun before the pictures; watchers are to see it before the end.
                 _log_failure(job.last_preview)
+            broken = next((f.exception() for f in packed if f.exception() is not None), None)
             try:
-                pictures = tuple(future.result() for future in packed)
-                timings_ms = _timings_ms(job, result, times, drawn_s)
-                fields = self._packed(job, result, pictures, timings_ms)
-            except Exception:
-                logger.exception("packing failed")
-                self._failed(job, InternalError("the picture could not be written as a file"))
+                if broken is not None:
+                    logger.error("packing failed", exc_info=broken)
+                    self._failed(job, InternalError("the picture could not be written as a file"))
+                else:
+                    pictures = tuple(future.result() for future in packed)
+                    timings_ms = _timings_ms(job, result, times, drawn_s)
+                    fields = self._packed(job, result, pictures, timings_ms)
+            except Exception:  # no job may go without an answer, or keep its place
+                logger.exception("a drawn job could not be answered")
+                self._failed(job, InternalError("the picture could not be handed over; try again"))
             finally:
                 self._scheduler.packing(-1)
             if fields is not None:

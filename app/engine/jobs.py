@@ -193,7 +193,7 @@ class Job:
         with self._lock:
             if self.future.done():
                 return False
-            _noted(note)
+            _try_note(note)
             self.state = JobState.COMPLETED
             self.future.set_result(outcome)
         self.events.emit(Settled())
@@ -204,17 +204,17 @@ class Job:
         with self._lock:
             if self.future.done():
                 return False
-            _noted(note)
+            _try_note(note)
             self.state = JobState.FAILED
             self.future.set_exception(error)
         self.events.emit(Settled())
         return True
 
 
-def _noted(note: Callable[[], None] | None) -> None:
-    """Whoever asked is answered, whatever becomes of the notes."""
+def _try_note(note: Callable[[], None] | None) -> None:
+    """Call ``note``, if there is one. What it raises is logged, and the job is answered."""
     try:
         if note is not None:
             note()
-    except Exception:
+    except Exception:  # no job may go without an answer
         logger.exception("what became of a job could not be noted")

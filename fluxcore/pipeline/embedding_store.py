@@ -99,19 +99,27 @@ class EmbeddingStore:
 
     def save(self, ids: TokenIds, embeddings: Tensor) -> None:
         """Write embeddings in the background, if they are not there yet."""
-        if self._largest_bytes <= self._bytes_limit:
+        if self._largest_bytes <= self._bytes_limit and not self._is_spoilt:
             # Begun here, because only this thread may touch the device.
             self._in_background(self._write, self._path(ids), self._begin_to_host(embeddings))
 
     def forget(self) -> None:
-        """Remove all that is kept; what cannot be removed is not read any more."""
+        """Remove all that is kept. Where that fails, this process does without the store."""
         self.wait()
+        failed: list[OSError] = []
         for path in self._directory.glob(f"*{SUFFIX}"):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                self._is_spoilt = True
-                self._warn(f"{path} cannot be removed: {error}; the store is not read any more")
+                failed.append(error)
+        if failed and not self._is_spoilt:
+            logger.warning(
+                "text embeddings that may be wrong cannot be removed: %s; until the service is "
+                "started again none are read or kept; remove %s before that",
+                failed[0],
+                self._directory,
+            )
+        self._is_spoilt = bool(failed)
 
     def wait(self) -> None:
         """Wait until everything is written."""

@@ -110,9 +110,9 @@ class JointSteps:
                 share = 1.0 if is_long else self._tried(call, count)
                 self._keep(call, count, share)
                 logger.info(
-                    "%d steps of %d tokens at once: each takes %.2f of one alone%s",
-                    *(count, _tokens(call), share),
-                    "" if share < 1 else ", or differs, or none was tried: not joined",
+                    "%d steps of %d tokens at once: %s",
+                    *(count, _tokens(call)),
+                    f"each takes {share:.2f} of one alone" if share < 1 else "not joined",
                 )
 
     def _may_join(self, call: Velocity, count: int) -> bool:

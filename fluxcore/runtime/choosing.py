@@ -87,13 +87,7 @@ def choose_runtime(
         raise DeviceUnavailableError("networks in int8 are not compiled; set compile to off")
     compiling = compiles(kind, compile_networks)
     packs = kind == "cpu" and dtypes.weights == torch.bfloat16 and kernels != "plain"
-    amx = amx_products() if packs and not compiling else None
-    if kernels == "fused" and not fuses and amx is None:
-        raise DeviceUnavailableError(
-            "kernels fused needs device cuda, or a CPU with AMX, Linux, g++, dtype bfloat16 and "
-            "compile off; set kernels to auto"
-        )
-    return Runtime(
+    runtime = Runtime(
         device=place,
         kind=kind,
         dtypes=dtypes,
@@ -101,10 +95,16 @@ def choose_runtime(
         capability=capability,
         precision=precision,
         fuses=fuses,
-        amx=amx,
+        amx=amx_products() if packs and not compiling else None,
         compiles=compiling,
         graphs=Graphs(cuda_graphs, CudaRecorder(place)) if kind == "cuda" and cuda_graphs else None,
     )
+    if kernels == "fused" and runtime.kernels_told == "plain":
+        raise DeviceUnavailableError(
+            f"there are no kernels of fluxd's own for device {device} with dtype {dtype}; they are "
+            "for CUDA, and for CPUs with AMX where g++ is, in bfloat16; set kernels to auto"
+        )
+    return runtime
 
 
 def _available(kind: str) -> bool:

@@ -149,7 +149,8 @@ class Runtime:
             plain_attention if self.dtypes.vae == torch.float32 else wide_attention,
         )
 
-    def _kernels_told(self) -> str:
+    @property
+    def kernels_told(self) -> str:
         """As the setting calls them; ``attention`` where of fused ones there is only that."""
         if self.uses_triton or self.amx is not None:
             return "fused"
@@ -357,7 +358,7 @@ class Runtime:
             "vae_dtype": dtype_name(self.dtypes.vae),
             "residency": self.residency,
             "precision": self.dtypes.name if self.precision == "bf16" else self.precision,
-            "kernels": self._kernels_told(),
+            "kernels": self.kernels_told,
             "compiled": "yes" if self.compiles else "no",
             "cuda_graphs": "0" if self.graphs is None else self.graphs.describe(),
             "torch": torch.__version__,

@@ -5,12 +5,26 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
+from app.keys import digest_of, new_key
 from loadtest import flags, idle_gap
 from loadtest.run import Seen, quantile_of
+from tests.service.conftest import StartLive
 from tests.service.processes import ROOT, environment
+
+
+def tool(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "loadtest" / program), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def seen(outcomes: dict[str, int], latencies_s: list[float]) -> Seen:
@@ -35,10 +49,10 @@ def test_99_of_100_in_time_are_enough() -> None:
     assert not seen({"answered": 100}, [0.1] * 98 + [5.0] * 2).meets(1.0)
 
 
-@pytest.mark.parametrize("else_", ["failed", "wrong", "refused"])
-def test_a_rate_at_which_most_are_not_answered_is_not_kept_up(else_: str) -> None:
-    assert not seen({"answered": 10, else_: 90}, [0.1] * 10).meets(1.0)
-    assert not seen({else_: 5}, []).meets(1.0)
+@pytest.mark.parametrize("outcome", ["failed", "wrong", "refused"])
+def test_a_rate_at_which_most_are_not_answered_is_not_kept_up(outcome: str) -> None:
+    assert not seen({"answered": 10, outcome: 90}, [0.1] * 10).meets(1.0)
+    assert not seen({outcome: 5}, []).meets(1.0)
 
 
 def test_no_percentile_lies_above_the_largest_gap(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +62,17 @@ def test_no_percentile_lies_above_the_largest_gap(capsys: pytest.CaptureFixture[
     assert p90 <= most
 
 
+def test_a_service_that_wants_a_key_is_told_apart_from_none(start_live: StartLive) -> None:
+    live = start_live(settings={"api_keys": (f"bob:{digest_of(new_key())}",)})
+    done = tool("run.py", live.url)
+    assert done.returncode == 2 and "401" in done.stderr and "key" in done.stderr, done.stderr
+
+
+def test_idle_gaps_are_not_waited_for_without_a_model() -> None:
+    done = tool("idle_gap.py", "--model", "nowhere")
+    assert done.returncode == 1 and "could not be loaded" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -55,37 +80,39 @@ def test_no_percentile_lies_above_the_largest_gap(capsys: pytest.CaptureFixture[
         (("compare_diffusers.py", ".", "--sizes", "70"), "multiple of 16"),
         (("time_to_ready.py", ".", "--data", ".", "--set", "foo"), "must be NAME=VALUE"),
         (("idle_gap.py", "--jobs", "6"), "must be more than 6"),
+        (("run.py", "http://127.0.0.1:9"), "start fluxd serve first"),
+        (("run.py", "http://127.0.0.1:9", "--seconds", "0"), "a number from 1 on"),
     ],
 )
 def test_a_command_line_is_refused_before_anything_is_loaded(
     command: tuple[str, ...], told: str
 ) -> None:
-    program, *arguments = command
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "loadtest" / program), *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = tool(*command)
     assert done.returncode == 2 and told in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("kind", "right", "wrong"),
+    ("parse", "right", "wrong"),
     [
-        (flags.assignment, "a=b=c", "foo"),
+        (flags.assignment, "api_keys=b=c", "port"),
         (flags.count, "3", "0"),
         (flags.count, "1", "-1"),
         (flags.side_px, "64", "70"),
+        (flags.side_px, "2048", "2064"),
+        (flags.side_px, "64", "48"),
+        (flags.seconds, "0.5", "-1"),
+        (flags.seconds, "0.0", "nan"),
     ],
 )
-def test_values_are_taken_or_refused_by_name(kind: object, right: str, wrong: str) -> None:
-    assert callable(kind)
-    assert str(kind(right)) == right
-    with pytest.raises(argparse.ArgumentTypeError, match="got"):
-        kind(wrong)
+def test_a_wrong_value_is_told(parse: Callable[[str], object], right: str, wrong: str) -> None:
+    assert str(parse(right)) == right
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got '{wrong}'"):
+        parse(wrong)
+
+
+def test_what_is_no_setting_is_refused_by_name() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="'foo' is no setting"):
+        flags.assignment("foo=1")
 
 
 def test_the_last_assignment_of_a_name_counts() -> None:

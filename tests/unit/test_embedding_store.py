@@ -296,5 +296,13 @@ def test_what_cannot_be_removed_is_not_read_any_more(
     assert len(list(tmp_path.iterdir())) == 1
     assert kept.load((1,)) is None and kept.load((2,)) is None
     assert kept.hits == 0
+    kept.save((3,), embeddings(1.0))
+    kept.wait()
+    assert len(list(tmp_path.iterdir())) == 1
     (warning,) = caplog.messages
     assert "Read-only file system" in warning
+    monkeypatch.undo()
+    kept.forget()
+    kept.save((3,), embeddings(3.0))
+    kept.wait()
+    assert kept.load((3,)) is not None

@@ -199,7 +199,7 @@ def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.M
     # float16 keeps the VAE in float32, which two plain products would multiply slowly.
     half = choose_runtime("cuda", "float16", kernels="fused").kernels()
     assert (half.attention, half.vae_attention) == (cudnn_attention, plain_attention)
-    exact = choose_runtime("cuda", "float32", kernels="fused").kernels()
+    exact = choose_runtime("cuda", "float32").kernels()
     assert (exact.attention, exact.vae_attention) == (plain_attention, plain_attention)
     machine(cuda=1, capability=(8, 0))
     ampere = choose_runtime("cuda", kernels="fused").kernels()
@@ -209,15 +209,17 @@ def test_fused_attention_is_what_the_gpu_has(machine: Any, monkeypatch: pytest.M
     assert (cpu.attention, cpu.vae_attention) == (plain_attention, plain_attention)
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps"])
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", "bfloat16"), ("mps", "float16"), ("cuda", "float32")]
+)
 def test_own_kernels_are_not_promised_where_there_are_none(
-    machine: Any, monkeypatch: pytest.MonkeyPatch, device: str
+    machine: Any, monkeypatch: pytest.MonkeyPatch, device: str, dtype: str
 ) -> None:
-    machine(mps=device == "mps")
+    machine(mps=device == "mps", cuda=int(device == "cuda"))
     monkeypatch.setattr(choosing, "amx_products", lambda: None)
-    with pytest.raises(DeviceUnavailableError, match="set kernels to auto"):
-        choose_runtime(device, kernels="fused")
-    assert choose_runtime(device).describe()["kernels"] == "plain"
+    with pytest.raises(DeviceUnavailableError, match=f"device {device} with dtype {dtype}"):
+        choose_runtime(device, dtype, kernels="fused")
+    assert choose_runtime(device, dtype).describe()["kernels"] == "plain"
 
 
 def test_own_kernels_are_for_bfloat16_where_triton_is(
