@@ -78,7 +78,8 @@ def choose_answer(accept: tuple[str, ...], wanted: PictureFormat | None) -> Answ
     if best_rank[0] == 0:
         offers = ", ".join([JSON_TYPE, *(f"image/{name}" for name in formats)])
         because = "" if wanted is None else f" with output_format {wanted}"
-        raise NotAcceptableError(f"Accept must allow one of {offers}{because}")
+        got = ", ".join(accept)
+        raise NotAcceptableError(f"Accept must allow one of {offers}{because}; got {got!r:.80}")
     return best
 
 

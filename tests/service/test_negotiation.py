@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from app.api.negotiation import AnswerKind, choose_answer
@@ -57,5 +59,5 @@ def test_the_best_liked_kind_is_chosen(
     ],
 )
 def test_what_cannot_be_served_is_refused(accept: list[str], wanted: PictureFormat | None) -> None:
-    with pytest.raises(NotAcceptableError):
+    with pytest.raises(NotAcceptableError, match=re.escape(f"got '{', '.join(accept)}'")):
         choose_answer(tuple(accept), wanted)

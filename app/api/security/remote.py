@@ -72,7 +72,8 @@ class RemotePictures:
         settings = self._settings
         if not settings.remote_images:
             raise PictureError(
-                "is an address; addresses are not fetched, send the picture as base64"
+                "is an address; addresses are not fetched, send the picture as base64 "
+                "(the setting remote_images has them fetched)"
             )
         try:
             async with self._fetching:
