@@ -228,10 +228,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the engine while requests are still answered, then close."""
-        told = (
-            "" if self._engine.is_idle else "; jobs that run have %g s, a second signal ends them"
-        )
-        logger.info("shutting down" + told, *([self._grace_s] if told else ()))
+        if self._engine.is_idle:
+            logger.info("shutting down")
+        else:
+            told = "shutting down; jobs that run have %g s, a second signal ends them"
+            logger.info(told, self._grace_s)
         self.is_engine_stopped = await asyncio.to_thread(self._engine.stop, self._grace_s)
         if self._kept is not None:
             # Lets go of those who watch jobs, whose connections would be waited for.

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flags import as_settings, assignment, count, side_px
+
 from app.engine import Engine, Job, JobOutcome, Limits, Packing
 from app.main import pipeline_loader
 from app.settings import Settings
@@ -31,8 +33,6 @@ LONGEST_S = 600.0
 
 
 def main() -> None:
-    from flags import as_settings, assignment, count, side_px
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--device", default="auto")

@@ -8,10 +8,9 @@ All engines are loaded into one process and draw in turns, so that what else the
 does falls on all of them. With --compiled, diffusers draws a second time with its
 transformer and decoder compiled; its text encoder stays as it is. With --http a service of
 its own takes turns with them: its total is from the request to all of the PNG file, while the
-others' end with a picture in memory; its first picture comes after its warm-up, and its memory is
-not told. Where two models do not fit, or a peak of memory is
-asked for, which belongs to a process, --separate gives each engine a process of its own, one
-after the other.
+others' end with a picture in memory; its first picture comes after its warm-up, and its
+memory is not told. Where two models do not fit, or a peak of memory is asked for, which
+belongs to a process, --separate gives each engine a process of its own, one after the other.
 
 All get the same prompt, seed and sizes, and so the same noise. The distance of their
 conditioning, final latents and pictures from eager diffusers is printed next to the
@@ -102,12 +101,13 @@ def main() -> None:
 def compare(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Load the engines, let them draw in turns, and measure how far apart they are."""
     with ExitStack() as opened:
-        return _compare(args, load(args, names, opened))
+        return _in_turns(args, load(args, names, opened))
 
 
-def _compare(
+def _in_turns(
     args: argparse.Namespace, engines: Mapping[str, tuple[Engine, dict[str, float | None]]]
 ) -> dict[str, Any]:
+    """Each size, drawn by all engines again and again."""
     report: dict[str, Any] = {"start": {}, "sizes": {}}
     report["start"] = {name: found for name, (_, found) in engines.items()}
     for side in args.sizes:
@@ -182,10 +182,12 @@ class Fluxd:
     """Ours, with the settings that the service would have."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        from flags import as_settings
+
         from app.main import pipeline_loader
         from app.settings import load_settings
 
-        given = dict(one.split("=", 1) for one in args.settings)
+        given = as_settings(args.settings)
         given |= {"device": args.device, "dtype": args.dtype, "conditioning_store_bytes": "0"}
         self._pipe: Any = pipeline_loader(args.checkpoint, load_settings(given).values)(
             lambda step: None

@@ -1,6 +1,7 @@
 """Values of these programs' command lines, checked before anything is loaded.
 
-Each is a ``type`` for argparse, which tells what is wrong.
+Each is a ``type`` for argparse, which tells what is wrong. Programs that tests import, as parts
+of a package, look for this file only where they are run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ def assignment(text: str) -> str:
     """``NAME=VALUE``, a setting of the service. Values are checked where they are used."""
     from app.settings import Settings
 
-    name, equals, _ = text.partition("=")
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")  # as the command takes it
     if not equals:
         raise ArgumentTypeError(f"must be NAME=VALUE; got {text!r}")
     if name not in Settings.model_fields:
         raise ArgumentTypeError(f"{name!r} is no setting; 'fluxd settings' lists them")
-    return text
+    return f"{name}={value}"
 
 
 def as_settings(assignments: Sequence[str]) -> dict[str, str]:

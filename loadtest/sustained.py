@@ -5,9 +5,8 @@
 At its limit of power a GPU lowers its clock, so that what it does once it does not keep up. A
 picture is drawn from text to pixels, and then as a floor no more than its matrix products,
 attention and convolutions, as the plain form has them and each in the fastest form that ``fluxd
-bench`` finds, as one recording.
-Each is timed after a rest, and then again and again for some seconds, of which the last half
-counts. Clock and power are nvidia-smi's. The last line is JSON.
+bench`` finds, as one recording. Each is timed after a rest, and then again and again for some
+seconds, of which the last half counts. Clock and power are nvidia-smi's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import as_settings, assignment, count, seconds, side_px
 
 from app.main import pipeline_loader
 from app.settings import Settings
@@ -39,8 +39,6 @@ AS_NUMBERS = ("--format=csv,noheader,nounits", "-lms", "20")
 
 
 def main() -> None:
-    from flags import as_settings, assignment, count, seconds, side_px
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", type=side_px, nargs="+", default=[256, 512, 1024])

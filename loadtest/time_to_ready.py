@@ -18,12 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flags import assignment, count, seconds
 from served import Service
 
 
 def main() -> None:
-    from flags import assignment, count, seconds
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512", "1024x1024"])

@@ -102,7 +102,8 @@ def choose_runtime(
     if kernels == "fused" and runtime.kernels_told == "plain":
         raise DeviceUnavailableError(
             f"there are no kernels of fluxd's own for device {device} with dtype {dtype}; they are "
-            "for CUDA, and for CPUs with AMX where g++ is, in bfloat16; set kernels to auto"
+            "for CUDA in 16 bits, and for CPUs with AMX and g++ in bfloat16, not compiled; set "
+            "kernels to auto"
         )
     return runtime
 

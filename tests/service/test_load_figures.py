@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
+from http.client import HTTPConnection
 
 import pytest
 
 from app.keys import digest_of, new_key
 from loadtest import flags, idle_gap
 from loadtest.run import Seen, quantile_of
+from loadtest.served import Service
 from tests.service.conftest import StartLive
 from tests.service.processes import ROOT, environment
 
@@ -68,6 +73,23 @@ def test_a_service_that_wants_a_key_is_told_apart_from_none(start_live: StartLiv
     assert done.returncode == 2 and "401" in done.stderr and "key" in done.stderr, done.stderr
 
 
+def test_a_connection_that_was_idle_for_long_is_made_anew(
+    start_live: StartLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start_live()
+    service = Service.__new__(Service)
+    service._connection = HTTPConnection("127.0.0.1", live.port, timeout=30)
+    service._answered_s = time.monotonic()
+    with closing(service._connection) as connection:
+        assert service.draw({"prompt": "a fox"}).png
+        first = connection.sock
+        assert service.draw({"prompt": "a fox"}).png
+        assert connection.sock is first, "it is kept"
+        first.shutdown(socket.SHUT_RDWR)
+        monkeypatch.setattr("loadtest.served.KEPT_S", -1.0)
+        assert service.draw({"prompt": "a fox"}).png
+
+
 def test_idle_gaps_are_not_waited_for_without_a_model() -> None:
     done = tool("idle_gap.py", "--model", "nowhere")
     assert done.returncode == 1 and "could not be loaded" in done.stderr, done.stderr
@@ -94,7 +116,7 @@ def test_a_command_line_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("parse", "right", "wrong"),
     [
-        (flags.assignment, "api_keys=b=c", "port"),
+        (flags.assignment, "port=b=c", "port"),
         (flags.count, "3", "0"),
         (flags.count, "1", "-1"),
         (flags.side_px, "64", "70"),
@@ -113,6 +135,10 @@ def test_a_wrong_value_is_told(parse: Callable[[str], object], right: str, wrong
 def test_what_is_no_setting_is_refused_by_name() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="'foo' is no setting"):
         flags.assignment("foo=1")
+
+
+def test_a_setting_is_named_as_the_command_takes_it() -> None:
+    assert flags.assignment("warm-up-sizes=64x64") == "warm_up_sizes=64x64"
 
 
 def test_the_last_assignment_of_a_name_counts() -> None:

@@ -47,6 +47,7 @@ def test_a_signal_finishes_the_running_job_and_exits_0(number: int) -> None:
         assert error_of(second.answer())["code"] == "shutting_down"
         assert first.answer().status_code == 200
         assert server.status() == 0, server.output
+        assert "jobs that run have 30 s, a second signal ends them" in server.output
         assert "Traceback" not in server.output
 
 
@@ -58,6 +59,7 @@ def test_a_signal_while_idle_exits_0_with_connections_open() -> None:
             assert client.get("/health").status_code == 200
             server.signal(signal.SIGTERM)
             assert server.status() == 0, server.output
+            assert "jobs that run" not in server.output
 
 
 def test_a_job_that_is_stuck_is_answered_and_left_behind() -> None:
